@@ -1,0 +1,380 @@
+"""Running a plan: read, combine, write, all at once and in bounded memory.
+
+Each worker takes a tensor and goes through it block by block: positioned reads into its own buffers, the
+method's arithmetic, a positioned write of the result. While one worker waits for the disk another computes,
+and behind them the output folder hashes what is finished. No worker holds more than a block of each input, so
+memory does not grow with the model; what a block gives depends on nothing but the plan, so neither threads nor
+a resume change a bit.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from .checkpoints.checkpoint import Source
+from .checkpoints.header import ITEM_BITS, TORCH_NAMES
+from .checkpoints.output import OutputFolder
+from .errors import AmalgamError, Cancelled, InputError, NumbersError, OutputError
+from .methods import Method, Workspace
+from .methods.lazy_torch import torch
+from .methods.scan import BlockScan, Reader, TensorInputs, compute_dtype
+from .plan import Plan, TensorPlan
+from .publishing import make_manifest, side_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 1 << 20
+"""Bytes per read when tensors are only copied or compared."""
+SURVIVAL_EVERY = 8
+"""Delta survival is measured on every eighth block of a tensor (and always on the first)."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a merge is. ``done`` and ``total`` count elements times passes; ``moved`` counts bytes."""
+
+    total: int
+    done: int = 0
+    moved: int = 0
+    tensor: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds_left(self) -> float | None:
+        spent = time.monotonic() - self.started
+        return spent * (self.total - self.done) / self.done if self.done and spent > 0.5 else None
+
+
+@dataclass
+class Result:
+    """A finished merge."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    seconds: float
+    resumed: int
+    """Tensors that an earlier, interrupted run had finished."""
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.manifest["warnings"]
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    threads: int = 0,
+    memory: int | None = None,
+    restart: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Result:
+    """Execute ``plan`` into the new folder ``out``.
+
+    ``threads``: workers; 0 means one per available core. ``memory``: limit in bytes for the process's own
+    (anonymous) memory. ``restart``: discard unfinished work of another plan. ``stop``: set it to cancel within
+    a block. Raises the plan's first blocker; NumbersError, InputError, OutputError, VerificationError, Cancelled.
+    Whatever is raised, finished tensors are kept, and the same call goes on from there.
+    """
+    if plan.blockers:
+        raise plan.blockers[0]
+    started = time.monotonic()
+    device = choose_device(device)
+    threads = threads_within(plan, threads, memory)
+    torch.set_num_threads(1)  # the workers are the parallelism; more would fight over the same cores
+    progress = Progress(sum(_work(t) for t in plan.tensors))
+    with OutputFolder.open(Path(out), plan.files, plan.hash, discard=restart) as folder:
+        resumed = len(folder.done)
+        merge = _Merge(plan, folder, device, threads, progress, on_progress, stop or threading.Event())
+        merge.run()
+        for model in plan.models.values():
+            model.check_unchanged()
+        manifest = make_manifest(plan, device, merge.delta_survival())
+        for name, content in side_files(plan).items():
+            folder.add(name, content)
+        final = folder.finish(manifest)
+    return Result(final, manifest, time.monotonic() - started, resumed)
+
+
+def choose_device(wish: str) -> str:
+    """``auto`` is CUDA if there is one, else the CPU. OutputError E_DEVICE if the wish cannot be met."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wish == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    kind = wish.split(":")[0]
+    if not available.get(kind):
+        have = ", ".join(k for k, there in available.items() if there)
+        raise OutputError("E_DEVICE", f"The device {wish!r} is not available.", f"This machine has: {have}.",
+                          "Use --device auto.")
+    return wish
+
+
+def threads_within(plan: Plan, threads: int, memory: int | None) -> int:
+    """Number of workers: as wished (0: one per core, 16 at most), fewer if the memory limit asks for it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(threads or min(cores, 16), max(1, len(plan.tensors)))
+    while memory is not None and plan.memory(threads) > memory:
+        threads -= 1
+        if threads == 0:
+            raise OutputError(
+                "E_MEMORY", f"{memory / 1e6:.0f} MB are too little for this merge.",
+                f"One worker needs {plan.memory(1) / 1e6:.0f} MB.", "Raise --memory.")
+    return threads
+
+
+def _work(tensor: TensorPlan) -> int:
+    return tensor.numel * (tensor.method.passes if tensor.method else 1)
+
+
+@dataclass(slots=True)
+class _Survival:
+    changed: int = 0
+    lost: int = 0
+
+
+class _Merge:
+    """One run of one plan."""
+
+    def __init__(
+        self, plan: Plan, folder: OutputFolder, device: str, threads: int, progress: Progress,
+        on_progress: Callable[[Progress], None] | None, stop: threading.Event,
+    ) -> None:  # fmt: skip
+        self.plan, self.folder, self.device, self.threads = plan, folder, device, threads
+        self.progress, self.on_progress, self.stop = progress, on_progress, stop
+        self.survival = _Survival()
+        self.lock = threading.Lock()
+        self.local = threading.local()
+        self.seed = plan.recipe.seed
+        self.prepared: dict[str, Any] = {}
+
+    # -- the run ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        todo = [t for t in self.plan.tensors if t.name not in self.folder.done]
+        for tensor in self.plan.tensors:
+            if tensor.name in self.folder.done:
+                self.progress.done += _work(tensor)
+        whole = [t for t in self.plan.tensors if t.method is not None and t.method.whole_model() is not None]
+        if whole and any(t.method for t in todo):
+            self.prepare_whole_model(whole)
+        # The largest first, so that no worker is left alone with one at the end; the rest in file order.
+        fair = sum(t.numel for t in todo) // (8 * self.threads) + 1
+        todo.sort(key=lambda t: -t.numel if t.numel > fair else 0)
+        self.spread(self.merge_tensor, todo)
+
+    def prepare_whole_model(self, tensors: Sequence[TensorPlan]) -> None:
+        """Exact global rules look at all tensors before the first is merged."""
+        inputs = [self.inputs(t) for t in tensors]
+        method = tensors[0].method
+        assert method is not None
+
+        def spread(function: Callable[[TensorInputs, Workspace], Any], items: Sequence[TensorInputs]) -> list:
+            return self.spread(lambda item: function(item, self.workspace()), items)
+
+        scan = BlockScan(inputs, self.workspace(), self.seed, spread, self.pulse)
+        for tensor, known in zip(tensors, method.prepare(scan), strict=True):
+            self.prepared[tensor.name] = known
+
+    def spread(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list:
+        """``function`` of each item on the workers, results in order; the first error ends it all."""
+        if self.threads == 1 or len(items) < 2:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(self.threads) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                return [f.result() for f in futures]
+            except BaseException as error:
+                self.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                # a worker that noticed ``stop`` says Cancelled; the cause is what somebody else raised
+                raise next((e for f in futures if f.done() and not f.cancelled()
+                            for e in [f.exception()] if e and not isinstance(e, Cancelled)), error) from None
+
+    def workspace(self) -> Workspace:
+        if not hasattr(self.local, "workspace"):
+            self.local.workspace = Workspace(self.device)
+        return self.local.workspace
+
+    def pulse(self, elements: int, moved: int = 0) -> None:
+        """After each block: count, tell, and see whether to stop."""
+        if self.stop.is_set():
+            raise Cancelled()
+        with self.lock:
+            self.progress.done = min(self.progress.done + elements, self.progress.total)
+            self.progress.moved += moved
+            if self.on_progress is not None:
+                self.on_progress(self.progress)
+
+    # -- one tensor ------------------------------------------------------------------------------------
+
+    def merge_tensor(self, tensor: TensorPlan) -> None:
+        self.progress.tensor = tensor.name
+        try:
+            if tensor.method is None and all(s.dtype == tensor.dtype for s in tensor.sources):
+                checksum = self.copy(tensor)
+            elif tensor.method is None:
+                checksum = self.convert(tensor)
+            else:
+                checksum = self.combine(tensor, tensor.method)
+        except AmalgamError:
+            raise
+        except MemoryError as error:
+            raise OutputError("E_MEMORY", f"Out of memory at {tensor.name}.", str(error),
+                              "Use fewer --threads, or close other programs.") from error
+        self.folder.complete(tensor.name, checksum)
+
+    def copy(self, tensor: TensorPlan) -> str:
+        """Bytes as they are; integers must be the same in all sources."""
+        first, *others = tensor.sources
+        size = ITEM_BITS[tensor.dtype] // 8
+        buffer, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK if others else 0))
+        checksum = xxhash.xxh3_128()
+        for start in range(0, tensor.numel, CHUNK // size):
+            stop = min(tensor.numel, start + CHUNK // size)
+            view = buffer[: (stop - start) * size]
+            first.read(start, stop, view)
+            for source in others if tensor.action == "equal" else ():
+                source.read(start, stop, other[: len(view)])
+                if other[: len(view)] != view:
+                    raise InputError(
+                        "E_INTEGER_DIFFERS", f"{tensor.name} ({tensor.dtype}) is not the same in all models.",
+                        "Integers and bools cannot be averaged.",
+                        "Check that the models belong together.")
+            checksum.update(view)
+            self.folder.write(tensor.name, start * size, view)
+            self.pulse(stop - start, 2 * len(view))
+        return checksum.hexdigest()
+
+    def convert(self, tensor: TensorPlan) -> str:
+        """One source in another dtype, rounded once."""
+        inputs = self.inputs(tensor)
+        return self.write_blocks(tensor, inputs, lambda block: block.experts[0])
+
+    def combine(self, tensor: TensorPlan, method: Method) -> str:
+        inputs = self.inputs(tensor)
+        if tensor.name in self.prepared:
+            known = self.prepared[tensor.name]
+        else:
+            (known,) = method.prepare(BlockScan([inputs], self.workspace(), self.seed, pulse=self.pulse))
+        return self.write_blocks(tensor, inputs, lambda block: method.combine(block, known))
+
+    def write_blocks(self, tensor: TensorPlan, inputs: TensorInputs, merged: Callable[[Any], Tensor]) -> str:
+        workspace, checksum = self.workspace(), xxhash.xxh3_128()
+        dtype, size = getattr(torch, TORCH_NAMES[tensor.dtype]), ITEM_BITS[tensor.dtype] // 8
+        moved = sum(ITEM_BITS[s.dtype] // 8 for s in tensor.inputs()) + size
+        for number, block in enumerate(inputs.blocks(workspace, self.seed)):
+            result = merged(block)
+            host = _on_host(workspace, result, dtype)
+            self.check_numbers(tensor, block.start, result, host)
+            if block.base is not None and size == 2 and number % SURVIVAL_EVERY == 0:
+                self.count_survival(workspace, block.base, result, host)
+            view = memoryview(host.view(torch.uint8).numpy())
+            checksum.update(view)
+            self.folder.write(tensor.name, block.start * size, view)
+            self.pulse(result.numel(), result.numel() * moved)
+        return checksum.hexdigest()
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def inputs(self, tensor: TensorPlan) -> TensorInputs:
+        sources = tensor.inputs()
+        dtype = compute_dtype([getattr(torch, TORCH_NAMES[s.dtype]) for s in sources])
+        check = (tensor.method is not None and not tensor.method.spreads_nan
+                 and self.plan.recipe.policies.non_finite == "refuse")
+        return TensorInputs(
+            tensor.name, tensor.numel, dtype,
+            None if tensor.base is None else _reader(tensor.base, check),
+            [_reader(s, check) for s in (tensor.sources if tensor.method else tensor.sources[:1])])
+
+    # -- numbers ---------------------------------------------------------------------------------------
+
+    def check_numbers(self, tensor: TensorPlan, start: int, result: Tensor, host: Tensor) -> None:
+        """A sum shows any NaN or infinity; only then is looked closer."""
+        if bool(torch.isfinite(host.sum(dtype=torch.float32 if host.dtype == torch.float16 else None))):
+            return
+        policies = self.plan.recipe.policies
+        wrong = torch.nonzero(~torch.isfinite(host)).flatten()
+        if not wrong.numel():
+            return
+        place = start + int(wrong[0])
+        if bool(torch.isfinite(result[wrong.to(result.device)]).all()):
+            if policies.overflow == "refuse":
+                raise NumbersError(
+                    "E_OVERFLOW", f"{tensor.name}: element {place} is {float(result[int(wrong[0])]):.6g}, too large for "
+                    f"{tensor.dtype}.", "It would be stored as infinity.",
+                    "Choose dtype: bfloat16 or float32, smaller weights, or policies.overflow: allow.")
+        elif policies.non_finite == "refuse":
+            for source in tensor.inputs():
+                _find_non_finite(source, place)
+            raise NumbersError(
+                "E_NOT_FINITE", f"{tensor.name}: element {place} is not a finite number.",
+                "The arithmetic left the range of its type.", "Check weights and lambda.")
+
+    def count_survival(self, workspace: Workspace, base: Tensor, result: Tensor, host: Tensor) -> None:
+        """How many entries the merge changed, and how many of those the output's rounding set back."""
+        flags = workspace.buffer("flags", result.numel(), result.dtype)
+        changed = int(torch.ne(result, base, out=flags).sum())
+        stored = workspace.buffer("stored", result.numel(), result.dtype).copy_(host)
+        kept = int(torch.ne(stored, base, out=flags).sum())
+        with self.lock:
+            self.survival.changed += changed
+            self.survival.lost += max(0, changed - kept)
+
+    def delta_survival(self) -> dict[str, Any] | None:
+        """The share of changed entries that the output's dtype did not round back to the base; None if not measured."""
+        if not self.survival.changed:
+            return None
+        return {
+            "survived": 1 - self.survival.lost / self.survival.changed,
+            "changed_entries_counted": self.survival.changed,
+            "sampled": f"one block in {SURVIVAL_EVERY}, tensors merged in this run",
+        }
+
+
+def _on_host(workspace: Workspace, result: Tensor, dtype: Any) -> Tensor:
+    """The block in the output's dtype, rounded to nearest even, in host memory."""
+    out = workspace.buffer("output", result.numel(), dtype)
+    out.copy_(result)
+    return out if out.device.type == "cpu" else out.cpu()
+
+
+def _reader(source: Source, check: bool) -> Reader:
+    """Reads a source through the workspace's byte buffer into a compute tensor."""
+    dtype, size = getattr(torch, TORCH_NAMES[source.dtype]), ITEM_BITS[source.dtype] // 8
+
+    def read(start: int, out: Tensor, workspace: Workspace) -> None:
+        raw = workspace.host_bytes(out.numel() * size)
+        source.read(start, start + out.numel(), memoryview(raw.numpy()))
+        out.copy_(raw.view(dtype))
+        if check and not bool(torch.isfinite(out.sum())):
+            _find_non_finite(source, start, out)
+
+    return read
+
+
+def _find_non_finite(source: Source, start: int, values: Tensor | None = None) -> None:
+    """Raise E_NOT_FINITE if the values (or the one element at ``start``) hold a NaN or an infinity."""
+    if values is None:
+        raw = torch.empty(ITEM_BITS[source.dtype] // 8, dtype=torch.uint8)
+        source.read(start, start + 1, memoryview(raw.numpy()))
+        values = raw.view(getattr(torch, TORCH_NAMES[source.dtype]))
+    wrong = torch.nonzero(~torch.isfinite(values)).flatten()
+    if wrong.numel():
+        place, value = start + int(wrong[0]), float(values[int(wrong[0])])
+        where = getattr(getattr(source, "file", None), "path", "")
+        raise NumbersError(
+            "E_NOT_FINITE", f"{source.name}: element {place} is {value}{f' in {where}' if where else ''}.",
+            "NaN and infinity spread through a merge and ruin the model.",
+            "Use another checkpoint, or set policies.non_finite: propagate if you mean it.")

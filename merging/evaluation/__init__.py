@@ -1,0 +1,1 @@
+"""Judging models: tasks with exact answers, greedy generation, records per item and honest intervals."""

@@ -1,0 +1,214 @@
+"""PCB-Merging: parameter competition balancing (Du et al., NeurIPS 2024, arXiv 2410.02396).
+
+Every entry of every task vector gets a score β = intra · inter: how large it is within its own expert, and
+how well it goes together with the other experts at the same place. The best ``ratio`` of each expert's
+entries stay, weighted by their score:
+
+1. Clip: A_k = |τ_k| limited to its [q, 1−q] order statistics (the elements of rank ⌊Dq⌋ and ⌊D(1−q)−1⌋);
+   C_k = sign(τ_k)·A_k;  n_k = A_k brought to [0, 1] by its smallest and largest value;  s_k = sign(τ_k)·n_k.
+2. intra_k = exp(N·n_k²), N experts.
+3. inter_k, by ``variant``:  C (authors' evolutionary version, closest to the paper)  Σ_j tanh(s_k·s_j);
+   A  tanh(τ_k·Σ_j τ_j);  B  tanh(τ_k·Σ_j s_j).
+4. β_k = intra_k·inter_k;  t_k = its element of rank ⌊D(1−r)⌋;  w_k = max(β_k − t_k, 0) / (max β_k − t_k).
+5. τ = Σ_k λ_k C_k w_k / max(Σ_k w_k, 1e-12);  θ = θ_0 + λ·τ.
+
+D is the size of the tensor (``scope: tensor``) or of all merged tensors (``scope: global``, the authors').
+``variant: paper`` takes the formulas as printed, without clipping: intra_k = softmax(N·Norm(τ_k²)) and
+inter_k = Σ_j softmax(Norm(τ_k τ_j)), softmax over all D places and Norm = min-max; as a constant factor per
+expert cancels in step 4, softmax is taken relative to its mean 1/D, which keeps it from underflowing.
+Where the spread in a min-max is zero, its result is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from .base import Block, Method, Parameters, Scan, lone_expert
+from .lazy_torch import torch
+from .selection import order_statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What the scores of one tensor (or of the whole model) depend on."""
+
+    lows: list[float] = field(default_factory=list)
+    highs: list[float] = field(default_factory=list)
+    """Clipping limits of |τ_k|; for the paper's variant none."""
+    products: dict[tuple[int, int], tuple[float, float, float]] = field(default_factory=dict)
+    """Paper's variant, per pair: smallest and largest τ_i τ_j, and the mean of exp(Norm(τ_i τ_j))."""
+    intra_means: list[float] = field(default_factory=list)
+    """Paper's variant: the mean of exp(N·Norm(τ_k²))."""
+    thresholds: list[float] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+
+
+class Pcb(Method):
+    name = "pcb"
+    title = "PCB-Merging"
+    idea = "Score every change by its size and its agreement with the other experts; keep and weigh the best."
+    paper = "https://arxiv.org/abs/2410.02396"
+    needs_base = True
+    experts_range = (1, None)
+    passes = 3
+    nanoseconds = 14.0
+
+    class Shared(Parameters):
+        lambda_: float = Field(1.0, alias="lambda", description="Factor on the merged task vector.")
+        ratio: float = Field(0.2, gt=0, le=1, description="Share of each expert's entries that stays (r).")
+        clip: float = Field(0.01, ge=0, lt=0.5, description="Share of extreme magnitudes clipped at each end (q).")
+        variant: Literal["C", "A", "B", "paper"] = Field(
+            "C", description="How agreement is scored: the authors' three programs, or the printed formula.")
+        scope: Literal["tensor", "global"] = Field(
+            "tensor", description="Rank entries within each tensor, or within the whole model.")
+
+    class PerExpert(Parameters):
+        weight: float = Field(1.0, description="Factor on this expert's task vector (the paper's λ_k).")
+
+    def copies(self) -> int | None:
+        return -1 if lone_expert([e.weight for e in self.experts], self.shared.lambda_) == -1 else None
+
+    def whole_model(self) -> tuple | None:
+        s = self.shared
+        return (s.ratio, s.clip, s.variant) if s.scope == "global" else None
+
+    # -- what must be known beforehand ----------------------------------------------------------------
+
+    def prepare(self, scan: Scan) -> list[Statistics]:
+        total, count = sum(scan.sizes), len(self.experts)
+        if self.shared.variant == "paper":
+            statistics = self._product_ranges(scan)
+        else:
+            q = self.shared.clip
+            ranks = [int(total * q), int(total * (1 - q) - 1)]
+            found = order_statistics(scan, self._magnitudes, [ranks] * count)
+            statistics = Statistics([f[0].value for f in found], [f[1].value for f in found])
+        ranks = [int(total * (1 - self.shared.ratio)), total - 1]
+        found = order_statistics(scan, lambda block: self.scores(block, statistics), [ranks] * count)
+        statistics.thresholds = [f[0].value for f in found]
+        statistics.best = [f[1].value for f in found]
+        return [statistics] * len(scan.sizes)
+
+    @staticmethod
+    def _magnitudes(block: Block) -> list[Tensor]:
+        return [torch.abs(tau, out=tau) for tau in block.task_vectors()]
+
+    def _product_ranges(self, scan: Scan) -> Statistics:
+        pairs = [(i, j) for i in range(len(self.experts)) for j in range(i + 1)]
+
+        def extremes(block: Block) -> list[tuple[float, float]]:
+            taus = block.task_vectors()
+            limits = []
+            for i, j in pairs:
+                low, high = torch.aminmax(torch.mul(taus[i], taus[j], out=block.buffer("product")))
+                limits.append((float(low), float(high)))
+            return limits
+
+        seen = [limits for tensor in scan.map(extremes) for limits in tensor]
+        ranges = {pair: (min(s[p][0] for s in seen), max(s[p][1] for s in seen)) if seen else (0.0, 0.0)
+                  for p, pair in enumerate(pairs)}
+
+        def sums(block: Block) -> list[float]:
+            taus = block.task_vectors()
+            return [float(_exp_norm(block, taus[i], taus[j], ranges[i, j],
+                                    len(self.experts) if i == j and intra else 1).sum(dtype=torch.float64))
+                    for i, j in pairs for intra in ((False, True) if i == j else (False,))]
+
+        parts = [s for tensor in scan.map(sums) for s in tensor]
+        totals = iter([sum(column) for column in zip(*parts, strict=True)])
+        size = sum(scan.sizes) or 1
+        statistics = Statistics()
+        for i, j in pairs:
+            statistics.products[i, j] = (*ranges[i, j], next(totals, 0.0) / size)
+            if i == j:
+                statistics.intra_means.append(next(totals, 0.0) / size)
+        return statistics
+
+    # -- scores and the merge --------------------------------------------------------------------------
+
+    def scores(self, block: Block, statistics: Statistics) -> list[Tensor]:
+        """β_k at each entry. Leaves the task vectors as they are."""
+        if self.shared.variant == "paper":
+            return self._paper_scores(block, statistics)
+        taus, count = block.task_vectors(), len(self.experts)
+        signed, betas = [], []
+        for k, tau in enumerate(taus):
+            n = torch.abs(tau, out=block.buffer(f"signed{k}"))
+            spread = statistics.highs[k] - statistics.lows[k]
+            n.clamp_(statistics.lows[k], statistics.highs[k]).sub_(statistics.lows[k])
+            n.mul_(1 / spread if spread > 0 else 0.0)
+            beta = torch.mul(n, n, out=block.buffer(f"beta{k}")).mul_(count)
+            betas.append(torch.exp(beta, out=beta))
+            # sign(τ)·n: copysign would give −n to −0.0, harmless, but +n to a zero change: not harmless
+            signed.append(n.mul_(torch.sign(tau, out=block.buffer("inter"))))
+        self._multiply_by_inter(block, taus, signed, betas)
+        return betas
+
+    def _multiply_by_inter(self, block: Block, taus: list[Tensor], signed: list[Tensor], betas: list[Tensor]) -> None:
+        inter = block.buffer("inter")
+        if self.shared.variant == "C":
+            count = len(signed)
+            sums = [block.buffer(f"inter{k}").zero_() for k in range(count)]
+            for i in range(count):
+                for j in range(i + 1):
+                    torch.tanh(torch.mul(signed[i], signed[j], out=inter), out=inter)
+                    sums[i].add_(inter)
+                    if i != j:
+                        sums[j].add_(inter)
+            for beta, total in zip(betas, sums, strict=True):
+                beta.mul_(total)
+            return
+        common = block.buffer("common").zero_()
+        for x in taus if self.shared.variant == "A" else signed:
+            common.add_(x)
+        for beta, tau in zip(betas, taus, strict=True):
+            beta.mul_(torch.tanh(torch.mul(tau, common, out=inter), out=inter))
+
+    def _paper_scores(self, block: Block, statistics: Statistics) -> list[Tensor]:
+        taus, count = block.task_vectors(), len(self.experts)
+        inters = [block.buffer(f"inter{k}").zero_() for k in range(count)]
+        for (i, j), (low, high, mean) in statistics.products.items():
+            share = _exp_norm(block, taus[i], taus[j], (low, high), 1)
+            inters[i].add_(share, alpha=1 / mean if mean else 0.0)
+            if i != j:
+                inters[j].add_(share, alpha=1 / mean if mean else 0.0)
+        for k, inter in enumerate(inters):
+            low, high, _ = statistics.products[k, k]
+            intra = _exp_norm(block, taus[k], taus[k], (low, high), count)
+            inter.mul_(intra).mul_(1 / statistics.intra_means[k] if statistics.intra_means[k] else 0.0)
+        return inters
+
+    def combine(self, block: Block, prepared: Statistics) -> Tensor:
+        betas = self.scores(block, prepared)
+        merged, total = block.buffer("merged").zero_(), block.buffer("total").zero_()
+        for k, (tau, beta) in enumerate(zip(block.task_vectors(), betas, strict=True)):
+            spread = prepared.best[k] - prepared.thresholds[k]
+            if not spread > 0:
+                continue
+            weight = beta.sub_(prepared.thresholds[k]).clamp_(min=0).mul_(1 / spread)
+            total.add_(weight)
+            merged.add_(self._clipped(block, tau, prepared, k).mul_(weight), alpha=self.experts[k].weight)
+        merged.div_(total.clamp_(min=1e-12))
+        return block.add_to_base(merged.mul_(self.shared.lambda_))
+
+    def _clipped(self, block: Block, tau: Tensor, statistics: Statistics, k: int) -> Tensor:
+        """C_k, overwriting τ_k; for the paper's variant τ_k itself."""
+        if self.shared.variant == "paper":
+            return tau
+        sign = torch.sign(tau, out=block.buffer("inter"))
+        return tau.abs_().clamp_(statistics.lows[k], statistics.highs[k]).mul_(sign)
+
+
+def _exp_norm(block: Block, a: Tensor, b: Tensor, limits: tuple[float, float], factor: float) -> Tensor:
+    """exp(factor · Norm(a·b)), Norm bringing the product to [0, 1] by its limits over all places."""
+    spread = limits[1] - limits[0]
+    scale = factor / spread if spread > 0 and math.isfinite(factor / spread) else 0.0
+    out = torch.mul(a, b, out=block.buffer("product")).sub_(limits[0]).mul_(scale)
+    return torch.exp(out, out=out)

@@ -1,0 +1,154 @@
+"""Blocks made from readers: the one loop that feeds every method.
+
+A reader fills a tensor with elements ``start …`` of one model's tensor, from a file, from an adapter or from
+memory; the loop does not know which. So a merge of tensors in memory (previews, tests) and a merge of
+checkpoints on disk run through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .base import Block, Method, Workspace
+from .lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+R = TypeVar("R")
+Reader = Callable[[int, "Tensor", Workspace], None]
+"""``reader(start, out, workspace)`` fills ``out`` with the elements from flat index ``start``, converted to its
+dtype. The workspace lends it memory."""
+
+
+@dataclass(slots=True)
+class TensorInputs:
+    """One tensor of the merge, as it is in the base and in each expert."""
+
+    name: str
+    size: int
+    dtype: Any
+    """Compute dtype."""
+    base: Reader | None
+    experts: Sequence[Reader]
+
+    def block(self, start: int, size: int, workspace: Workspace, seed: int) -> Block:
+        base = None
+        if self.base is not None:
+            base = workspace.buffer("base", size, self.dtype)
+            self.base(start, base, workspace)
+        experts = []
+        for k, read in enumerate(self.experts):
+            expert = workspace.buffer(f"expert{k}", size, self.dtype)
+            read(start, expert, workspace)
+            experts.append(expert)
+        return Block(self.name, start, base, experts, workspace, seed)
+
+    def blocks(self, workspace: Workspace, seed: int) -> Iterator[Block]:
+        step = workspace.block_size
+        for start in range(0, self.size, step):
+            yield self.block(start, min(step, self.size - start), workspace, seed)
+
+
+Spread = Callable[[Callable[[TensorInputs, Workspace], Any], Sequence[TensorInputs]], list]
+"""Runs a function over tensors, possibly on several workers, and gives the results in order."""
+
+
+class BlockScan:
+    """A scan (see ``base.Scan``) over tensors made of readers."""
+
+    def __init__(self, tensors: Sequence[TensorInputs], workspace: Workspace, seed: int = 0,
+                 spread: Spread | None = None, pulse: Callable[[int], None] = lambda elements: None) -> None:
+        self.tensors, self.workspace, self.seed = tensors, workspace, seed
+        self.spread = spread or (lambda function, items: [function(item, workspace) for item in items])
+        self.pulse = pulse
+        """Called with the number of elements after each block: progress, and the place to cancel."""
+
+    @property
+    def sizes(self) -> list[int]:
+        return [t.size for t in self.tensors]
+
+    @property
+    def has_base(self) -> bool:
+        return self.tensors[0].base is not None
+
+    def map(self, function: Callable[[Block], R]) -> list[list[R]]:
+        def one(tensor: TensorInputs, workspace: Workspace) -> list[R]:
+            results = []
+            for block in tensor.blocks(workspace, self.seed):
+                size = block.like.numel()
+                results.append(function(block))
+                self.pulse(size)
+            return results
+
+        return self.spread(one, self.tensors)
+
+    def sample(self, function: Callable[[Block], R], size: int) -> list[R]:
+        total, piece = sum(self.sizes), 1024
+        pieces = max(1, min(size, total) // piece)
+        step = max(1, total // pieces)
+        results, offset, at = [], 0, step // 2
+        for tensor in self.tensors:
+            while at < offset + tensor.size:
+                start = at - offset
+                block = tensor.block(start, min(piece, tensor.size - start), self.workspace, self.seed)
+                results.append(function(block))
+                at += step
+            offset += tensor.size
+        return results
+
+
+def compute_dtype(dtypes: Sequence[Any]) -> Any:
+    """N1: float32 if all inputs have 16 bits, float64 otherwise."""
+    return torch.float32 if all(d.itemsize <= 2 for d in dtypes) else torch.float64
+
+
+def merge_tensors(
+    method: Method,
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """Merge models that are in memory; the same numbers as a merge of files.
+
+    Each output tensor has the dtype of the base's (or first expert's), rounded once. All models must have the
+    same names and shapes. For global rules all tensors are ranked together, in the order of the first model.
+    """
+    models = [*([base] if base is not None else []), *experts]
+    workspace = Workspace(device)
+    inputs = []
+    for name, first in models[0].items():
+        dtype = compute_dtype([m[name].dtype for m in models])
+        with_base = base is not None and method.uses_base
+        inputs.append(TensorInputs(name, first.numel(), dtype,
+                                   memory_reader(base[name]) if with_base and base is not None else None,
+                                   [memory_reader(e[name]) for e in experts]))
+    groups = [inputs] if method.whole_model() is not None else [[i] for i in inputs]
+    merged: dict[str, Tensor] = {}
+    copied = method.copies()
+    for group in groups:
+        prepared = [None] * len(group) if copied is not None else method.prepare(BlockScan(group, workspace, seed))
+        for tensor, known in zip(group, prepared, strict=True):
+            like = models[0][tensor.name]
+            if copied is not None:
+                merged[tensor.name] = (experts[copied] if copied >= 0 else models[0])[tensor.name].clone()
+                continue
+            out = torch.empty(like.numel(), dtype=like.dtype)
+            for block in tensor.blocks(workspace, seed):
+                stop = block.start + block.like.numel()
+                out[block.start : stop].copy_(method.combine(block, known))
+            merged[tensor.name] = out.view(like.shape)
+    return merged
+
+
+def memory_reader(values: Tensor) -> Reader:
+    flat = values.detach().reshape(-1)
+
+    def read(start: int, out: Tensor, workspace: Workspace) -> None:
+        out.copy_(flat[start : start + out.numel()])
+
+    return read

@@ -1,0 +1,166 @@
+"""Spherical merging: walk along the arc between models instead of the chord.
+
+All three rules treat a tensor as one long vector and end in a linear combination of the inputs whose
+coefficients come from their norms and inner products. So one pass collects the Gram matrix
+G_ij = ⟨x_i, x_j⟩ (float64, in block order), and the merge itself is a weighted sum.
+
+With φ = arccos(⟨a, b⟩ / |a||b|), slerp is (sin((1−t)φ)·a + sin(tφ)·b) / sin φ, on the vectors as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from .base import Block, Method, Parameters, Scan
+from .lazy_torch import torch
+from .linear import weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def gram_matrices(scan: Scan, task_vectors: bool, with_base: bool = False) -> list[np.ndarray]:
+    """G_ij = ⟨x_i, x_j⟩ per tensor, of the experts, or of their task vectors, or of base and experts."""
+
+    def products(block: Block) -> np.ndarray:
+        inputs = block.task_vectors() if task_vectors else block.experts
+        if with_base and block.base is not None:
+            inputs = [block.base, *inputs]
+        wide = [block.buffer(f"wide{i}", torch.float64).copy_(x) for i, x in enumerate(inputs)]
+        gram = np.empty((len(wide), len(wide)))
+        for i, x in enumerate(wide):
+            for j in range(i + 1):
+                gram[i, j] = gram[j, i] = float(torch.dot(x, wide[j]))
+        return gram
+
+    size = 0
+    grams = scan.map(products)
+    for blocks in grams:
+        size = max(size, blocks[0].shape[0]) if blocks else size
+    return [sum(blocks, np.zeros((size, size))) for blocks in grams]
+
+
+def slerp_coefficients(gram: np.ndarray, t: float, straight_above: float, smallest_norm: float) -> list[float]:
+    """The factors of a and b in slerp(a, b, t). Where |cos φ| > ``straight_above``: (1−t, t)."""
+    norms = [math.sqrt(max(gram[i, i], 0.0)) for i in (0, 1)]
+    norms = [n if n > smallest_norm else 1.0 for n in norms]
+    cosine = min(1.0, max(-1.0, gram[0, 1] / (norms[0] * norms[1])))
+    if abs(cosine) > straight_above:
+        return [1 - t, t]
+    angle = math.acos(cosine)
+    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
+
+
+class Slerp(Method):
+    """slerp between the base (t = 0) and one expert (t = 1); a chord where |cos φ| > 0.9995."""
+
+    name = "slerp"
+    title = "SLERP"
+    idea = "Go from the base to the expert along the sphere."
+    paper = "https://doi.org/10.1145/325334.325242"
+    needs_base = True
+    experts_range = (1, 1)
+    passes = 2
+    nanoseconds = 2.0
+
+    class Shared(Parameters):
+        t: float = Field(..., description="0 is the base, 1 the expert.")
+
+    def copies(self) -> int | None:
+        return {0.0: -1, 1.0: 0}.get(float(self.shared.t))
+
+    def prepare(self, scan: Scan) -> list[list[float]]:
+        grams = gram_matrices(scan, task_vectors=False, with_base=True)
+        return [slerp_coefficients(g, self.shared.t, 0.9995, 1e-8) for g in grams if g.size] or [[1.0, 0.0]]
+
+    def combine(self, block: Block, prepared: Any) -> Tensor:
+        assert block.base is not None
+        return weighted_sum(block, [block.base, *block.experts], prepared)
+
+
+class NuSlerp(Method):
+    """slerp between two models, or between two task vectors if there is a base; t = w_2 / (w_1 + w_2)."""
+
+    name = "nuslerp"
+    title = "NuSLERP"
+    idea = "SLERP between two experts, or between their changes if a base is given."
+    needs_base = False
+    experts_range = (2, 2)
+    passes = 2
+    nanoseconds = 2.0
+
+    class PerExpert(Parameters):
+        weight: float = Field(..., description="Share of this model on the way between the two.")
+
+    @property
+    def t(self) -> float:
+        first, second = (e.weight for e in self.experts)
+        return 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+
+    def copies(self) -> int | None:
+        return {0.0: 0, 1.0: 1}.get(self.t)
+
+    def prepare(self, scan: Scan) -> list[list[float]]:
+        # mergekit 0.1.5 goes straight only where sin² φ ≤ 1e-16
+        straight = math.sqrt(1 - 1e-16)
+        grams = gram_matrices(scan, task_vectors=scan.has_base)
+        return [slerp_coefficients(g, self.t, straight, 1e-7) if g.size else [0.0, 0.0] for g in grams]
+
+    def combine(self, block: Block, prepared: Any) -> Tensor:
+        return _sum_on_base(block, prepared)
+
+
+class MultiSlerp(Method):
+    """The weighted mean direction times the weighted mean norm.
+
+    With u_k = x_k / |x_k|: θ = (Σ w_k u_k / |Σ w_k u_k|) · Σ w_k |x_k|, of the models, or of the task vectors if
+    there is a base. The step through the tangent space that mergekit 0.1.5 takes adds nothing: the weighted
+    mean of the tangents at the mean direction is zero.
+    """
+
+    name = "multislerp"
+    title = "Spherical mean"
+    idea = "Average directions and lengths of several experts apart from each other."
+    needs_base = False
+    experts_range = (2, None)
+    passes = 2
+    nanoseconds = 2.0
+
+    class Shared(Parameters):
+        normalize_weights: bool = Field(True, description="Divide the weights by their sum.")
+        eps: float = Field(1e-8, gt=0, description="Added to the norms, against division by zero.")
+
+    class PerExpert(Parameters):
+        weight: float = Field(..., description="Share of this model.")
+
+    def weights(self) -> list[float]:
+        weights = [e.weight for e in self.experts]
+        total = sum(weights)
+        return [w / total for w in weights] if self.shared.normalize_weights and total else weights
+
+    def prepare(self, scan: Scan) -> list[list[float]]:
+        return [self._factors(g) for g in gram_matrices(scan, task_vectors=scan.has_base)]
+
+    def _factors(self, gram: np.ndarray) -> list[float]:
+        weights = np.array(self.weights())
+        if not gram.size:
+            return [0.0] * len(weights)
+        norms = np.sqrt(np.maximum(np.diag(gram), 0))
+        on_units = weights / (norms + self.shared.eps)
+        length = math.sqrt(max(float(on_units @ gram @ on_units), 0.0))
+        if length < self.shared.eps:  # opposite or zero vectors have no mean direction
+            return [float(w) for w in weights]
+        return [float(f) for f in on_units / length * float(weights @ norms)]
+
+    def combine(self, block: Block, prepared: Any) -> Tensor:
+        return _sum_on_base(block, prepared)
+
+
+def _sum_on_base(block: Block, coefficients: list[float]) -> Tensor:
+    if block.base is None:
+        return weighted_sum(block, block.experts, coefficients)
+    return block.add_to_base(weighted_sum(block, block.task_vectors(), coefficients))

@@ -1,0 +1,379 @@
+"""The plan: everything about a merge that can be known without reading a single weight.
+
+From the recipe and the headers of the inputs: which tensors, from which sources, with which coefficients, into
+which file at which offset; how many bytes will be read and written, how much disk and memory that takes and
+about how long; every reason not to start and everything worth a warning. A plan is made in seconds for any
+model, and its hash is what an interrupted merge is resumed by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .alignment import COPIED_AS_THEY_ARE, Aligned, Alignment, align_tensors, some_of
+from .checkpoints.checkpoint import Checkpoint, Source, open_checkpoint
+from .checkpoints.disk import free_bytes
+from .checkpoints.header import ITEM_BITS, build_header
+from .checkpoints.hub import resolve
+from .checkpoints.output import OutputFile
+from .errors import AmalgamError, InputError, OutputError, RecipeError
+from .methods import BLOCK, Method
+from .recipe import Recipe
+from .vocabularies import VocabularyPlan, align_vocabularies
+
+NUMERICS = 1
+"""Raised whenever the same plan would give other bytes: unfinished work of an older version is not resumed."""
+SHARD_SIZE = 5_000_000_000
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+INTERPRETER = 230_000_000
+"""Anonymous memory of Python with torch, in bytes (measured; see benchmarks)."""
+
+
+@dataclass(slots=True)
+class TensorPlan:
+    """One output tensor: what is done, to what, and where it goes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+    block: int | None
+    action: str
+    """``merge``; ``copy`` (bytes of ``sources[0]``, converted if the dtypes differ); ``equal`` (integers: copied,
+    and all sources must be the same)."""
+    sources: list[Source]
+    """The experts' (for ``copy`` and ``equal`` the first is what is written)."""
+    base: Source | None = None
+    method: Method | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEM_BITS[self.dtype] // 8
+
+    def inputs(self) -> list[Source]:
+        return ([self.base] if self.base is not None else []) + self.sources
+
+    def bytes_read(self) -> int:
+        passes = self.method.passes if self.method else 1
+        return passes * sum(s.numel * ITEM_BITS[s.dtype] // 8 for s in self.inputs())
+
+
+@dataclass
+class Plan:
+    """See the module. Made by ``make_plan``; executed by ``engine.run``."""
+
+    recipe: Recipe
+    models: dict[str, Checkpoint]
+    paths: dict[str, str]
+    """Model key -> what was opened: a folder, or ``org/name@commit``."""
+    tensors: list[TensorPlan]
+    files: list[OutputFile]
+    alignment: Alignment
+    vocabulary: VocabularyPlan
+    blockers: list[AmalgamError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    shard_size: int = SHARD_SIZE
+
+    # -- what it costs --------------------------------------------------------------------------------
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(t.bytes_read() for t in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(f.size for f in self.files)
+
+    def memory(self, threads: int) -> int:
+        """Peak anonymous memory in bytes: the interpreter, and each worker's buffers for one block."""
+        inputs = max((len(t.inputs()) for t in self.tensors), default=1)
+        widest = max((ITEM_BITS[s.dtype] // 8 for t in self.tensors for s in t.inputs()), default=2)
+        element = 4 if widest <= 2 else 8
+        return INTERPRETER + threads * BLOCK * (inputs * (widest + 4 * element) + 10 * element)
+
+    def seconds(self, threads: int) -> float:
+        """A rough estimate of the time on a CPU: arithmetic shared by the threads, and bytes at 1 GB/s."""
+        work = sum(t.numel * len(t.inputs()) * t.method.nanoseconds * t.method.passes
+                   for t in self.tensors if t.method) * 1e-9
+        return 2 + work / max(1, threads) + (self.bytes_read / 4 + self.bytes_written * 2) / 1e9 / min(2, max(1, threads))
+
+    # -- what identifies it ---------------------------------------------------------------------------
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over everything that decides about the output's bytes. Two equal hashes, one result."""
+        facts = {
+            "numerics": NUMERICS,
+            "recipe": json.loads(self.recipe.canonical_json()),
+            "inputs": {key: model.identity() for key, model in self.models.items()},
+            "vocabulary": self.vocabulary.digest,
+            "files": [[f.name, f.size, hashlib.sha256(f.header).hexdigest()] for f in self.files],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    # -- what it says ---------------------------------------------------------------------------------
+
+    def coefficients(self) -> list[dict[str, Any]]:
+        """Effective coefficients: tensors with equal ones together, as {expert: value} and the tensors' names."""
+        groups: dict[tuple, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.method is not None:
+                groups.setdefault(_describe(tensor.method), []).append(tensor.name)
+        return [{"tensors": len(names), "examples": names[:3], "shared": dict(shared), "experts": [dict(e) for e in experts],
+                 "effective": list(effective) if effective else None}
+                for (shared, experts, effective), names in groups.items()]
+
+    def as_dict(self, out: Path | None = None, threads: int = 1) -> dict[str, Any]:
+        """Everything as JSON values (without the table of tensors)."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            counts[tensor.action] = counts.get(tensor.action, 0) + 1
+        return {
+            "method": self.recipe.method,
+            "models": {key: {"opened": self.paths[key], "kind": model.kind, "tensors": len(model.tensors),
+                             "bytes": sum(s.numel * ITEM_BITS[s.dtype] // 8 for s in model.tensors.values())}
+                       for key, model in self.models.items()},
+            "tensors": counts,
+            "parameters": sum(t.numel for t in self.tensors),
+            "dtypes": _tally(t.dtype for t in self.tensors),
+            "files": {f.name: f.size for f in self.files},
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "disk_free": free_bytes(_existing(out)) if out else None,
+            "memory": self.memory(threads),
+            "seconds": round(self.seconds(threads), 1),
+            "threads": threads,
+            "coefficients": self.coefficients(),
+            "notes": self.alignment.notes,
+            "warnings": self.warnings,
+            "blockers": [{"code": b.code, "what": b.what, "why": b.why, "fix": b.fix} for b in self.blockers],
+            "hash": self.hash,
+        }
+
+    def close(self) -> None:
+        for model in self.models.values():
+            model.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    shard_size: int = SHARD_SIZE,
+    offline: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Plan:
+    """Open the inputs and plan the merge. Models of the Hub are downloaded first (``progress``: bytes done, bytes in
+    all, file). Errors about one model are raised; what does not fit between models is collected in ``blockers``."""
+    models, paths, warnings = open_models(recipe, offline, progress)
+    try:
+        alignment = align_tensors(recipe, models)
+        included = {t.name for t in alignment.tensors if not t.keep and _included(recipe, t)}
+        vocabulary = align_vocabularies(recipe, models, alignment, included)
+        tensors = [_plan_tensor(recipe, tensor, tensor.name in included) for tensor in alignment.tensors]
+        blockers: list[AmalgamError] = [*alignment.problems, *_shape_problems(tensors)]
+        if not tensors and not blockers:
+            blockers.append(RecipeError("E_RECIPE_INPUTS", "There is nothing to merge.", "The models have no tensors."))
+        _check_whole_model(tensors)
+        files = lay_out(tensors, shard_size)
+        plan = Plan(recipe, models, paths, tensors, files, alignment, vocabulary, blockers, shard_size=shard_size)
+        plan.warnings += [*warnings, *_warnings(plan)]
+        return plan
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+
+
+def open_models(
+    recipe: Recipe, offline: bool = False, progress: Callable[[int, int, str], None] | None = None
+) -> tuple[dict[str, Checkpoint], dict[str, str], list[str]]:
+    """All models of a recipe, opened, by ``Model.key``; what each reference was resolved to; and warnings."""
+    warnings: list[str] = []
+    models: dict[str, Checkpoint] = {}
+    paths: dict[str, str] = {}
+    plain: dict[str, Checkpoint] = {}
+    try:
+        for model in recipe.model_list:
+            if model.model not in plain:
+                found = resolve(model.model, offline=offline, progress=progress)
+                plain[model.model] = open_checkpoint(found.path, model.model)
+                paths[model.model] = found.reference
+                warnings += found.warnings
+            if model.adapter is None:
+                models[model.key] = plain[model.model]
+                continue
+            found = resolve(model.adapter, offline=offline, progress=progress)
+            models[model.key] = open_checkpoint(found.path, model.key, base=plain[model.model])
+            paths[model.key] = f"{paths[model.model]}+{found.reference}"
+            warnings += found.warnings
+        return models, {key: paths[key] for key in models}, warnings
+    except BaseException:
+        for checkpoint in (*plain.values(), *models.values()):
+            checkpoint.close()
+        raise
+
+
+# -- tensors ------------------------------------------------------------------------------------------------------
+
+
+def _plan_tensor(recipe: Recipe, tensor: Aligned, included: bool) -> TensorPlan:
+    template = tensor.template
+    plain = TensorPlan(tensor.name, _output_dtype(recipe, template), template.shape, tensor.role.kind,
+                       tensor.role.block, "copy", [template])
+    if template.dtype in COPIED_AS_THEY_ARE:
+        everyone = [template, *(s for s in (tensor.base, *tensor.experts) if s is not None and s is not template)]
+        plain.action, plain.sources = ("copy" if tensor.keep else "equal"), everyone
+        return plain
+    if not included:
+        return plain
+    method = _method(recipe, tensor)
+    copied = method.copies()
+    if copied is not None:
+        assert copied >= 0 or tensor.base is not None
+        plain.sources = [tensor.experts[copied] if copied >= 0 else template]
+        return plain
+    plain.action, plain.method = "merge", method
+    plain.sources = tensor.experts
+    plain.base = tensor.base if recipe.method_class.uses_base else None
+    return plain
+
+
+def _output_dtype(recipe: Recipe, template: Source) -> str:
+    if template.dtype in COPIED_AS_THEY_ARE or recipe.dtype is None:
+        return template.dtype
+    return DTYPES[recipe.dtype]
+
+
+def _included(recipe: Recipe, tensor: Aligned) -> bool:
+    """Does the recipe apply its method to this kind of tensor?"""
+    include = recipe.include
+    choice = {"embed": include.embeddings, "head": include.head, "norm": include.norms,
+              "bias": include.biases}.get(tensor.role.kind)
+    return tensor.role.kind not in recipe.method_class.excluded_kinds if choice is None else choice
+
+
+def _method(recipe: Recipe, tensor: Aligned) -> Method:
+    """The method with the parameters of this tensor; one object for all tensors that share them."""
+    resolved = recipe.resolve_parameters(tensor.name, tensor.t, tensor.slice_index, tensor.names)
+    cls = recipe.method_class
+    cache: dict[int, tuple[Any, Method]] = recipe.__dict__.setdefault("_methods", {})
+    known = cache.get(id(resolved))
+    if known is None or known[0] is not resolved:
+        known = cache[id(resolved)] = (
+            resolved, cls(cls.Shared(**resolved.shared), [cls.PerExpert(**e) for e in resolved.experts]))
+    return known[1]
+
+
+def _shape_problems(tensors: Iterable[TensorPlan]) -> list[AmalgamError]:
+    """Sources that are merged have one shape; if not, one error that lists the tensors."""
+    different = [t for t in tensors if any(s.shape != t.shape for s in t.inputs())]
+    if not different:
+        return []
+    shapes = ", ".join(str(list(s.shape)) for s in different[0].inputs())
+    return [InputError(
+        "E_SHAPE", f"Shapes differ: {some_of([t.name for t in different])}.", f"{different[0].name} is {shapes}.",
+        "Only models of one architecture and size can be merged.")]
+
+
+def _check_whole_model(tensors: Iterable[TensorPlan]) -> None:
+    """A global rule ranks all tensors together: its parameters must not differ between them."""
+    rules = {t.method.whole_model() for t in tensors if t.method is not None}
+    if len(rules) > 1:
+        raise RecipeError(
+            "E_RECIPE_FIELD", "scope: global needs the same density (ratio, clip) for all tensors.",
+            "All entries of the model are ranked together, against one threshold.",
+            "Give one number instead of a gradient or filter list, or set scope: tensor.")
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def lay_out(tensors: list[TensorPlan], shard_size: int) -> list[OutputFile]:
+    """Shards of at most ``shard_size`` bytes (a larger tensor has one of its own), names and headers final."""
+    if shard_size < 1_000_000:
+        raise OutputError("E_OUTPUT_NAME", f"A shard size of {shard_size} bytes is too small.", "",
+                          "Give at least 1MB, for example --shard-size 5GB.")
+    shards: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    files = []
+    for i, shard in enumerate(shards):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        header, entries = build_header([(t.name, t.dtype, t.shape) for t in shard], {"format": "pt"})
+        files.append(OutputFile(name, header, entries, len(header) + sum(t.nbytes for t in shard)))
+    return files
+
+
+def index_file(files: list[OutputFile]) -> bytes | None:
+    """model.safetensors.index.json of a sharded model; None for a single file."""
+    if len(files) == 1:
+        return None
+    table = {name: file.name for file in files for name in file.entries}
+    total = sum(entry.nbytes for file in files for entry in file.entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# -- words --------------------------------------------------------------------------------------------------------
+
+
+def _describe(method: Method) -> tuple:
+    effective = method.coefficients()
+    return (_items(method.shared), tuple(_items(e) for e in method.experts), tuple(effective) if effective else None)
+
+
+def _items(parameters: Any) -> tuple:
+    return tuple(sorted(parameters.model_dump(by_alias=True).items()))
+
+
+def _tally(values: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def _warnings(plan: Plan) -> list[str]:
+    found = []
+    types = {s.dtype for t in plan.tensors if t.action == "merge" for s in t.inputs()}
+    if len(types) > 1:
+        found.append(f"The inputs have different data types ({', '.join(sorted(types))}); arithmetic is in float64.")
+    digests: dict[str, str] = {}
+    for key, model in plan.models.items():
+        same = json.dumps(model.identity(), sort_keys=True)
+        if same in digests:
+            found.append(f"{key} and {digests[same]} are the same files.")
+        digests.setdefault(same, key)
+    if plan.recipe.method_class.uses_base and plan.recipe.base is not None and all(
+            t.action == "copy" for t in plan.tensors):
+        found.append("Nothing is merged: every tensor is a copy. Check weights, lambda and include.")
+    return found
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,27 @@
+"""What every test shares: no surprise threads, no network, no user's cache, no deadlines on busy cores."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch or huggingface_hub, which read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_cache = tempfile.TemporaryDirectory(prefix="amalgam-tests-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _cache.name
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: a forgotten request fails at once
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+    os.environ.pop(name, None)
+
+settings.register_profile("amalgam", settings.get_profile("default"), deadline=None)
+settings.load_profile("amalgam")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _cache.cleanup()
