@@ -302,7 +302,7 @@ def main() -> None:
     console = Console()
     console.print(f"models of size {options.size} in {options.models} (built now if they are not there)")
     models = build_apart(options.models, options.size)
-    size = f"{options.size} parameters, {weight_bytes(models / 'base'):,} bytes each"
+    size = f"size {options.size}, {weight_bytes(models / 'base'):,} bytes each"
     facts = machine(options.peer) | {"models": size}
     peer_runs = options.runs if options.peer_runs is None else options.peer_runs
     with tempfile.TemporaryDirectory(prefix="run-", dir=models.parent) as scratch:

@@ -26,6 +26,7 @@ from .recipe import Recipe
 
 FLOATS = {"F16", "BF16", "F32", "F64"}
 COPIED_AS_THEY_ARE = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
+COPIED = "copied as they are (not all models have them)."
 SHOWN = 5
 """How many names an error lists before it says "and n more"."""
 
@@ -60,18 +61,27 @@ class Alignment:
     tensors: list[Aligned] = field(default_factory=list)
     problems: list[AmalgamError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    remarks: dict[tuple[str, str], dict[str, None]] = field(default_factory=dict)
+    """(model, what was done) -> names of tensors; they become notes at the end."""
     has_head: bool | None = None
     """Does the output have a head of its own? None if no input has a token embedding."""
     blocks: list[BlockSource] = field(default_factory=list)
     """For each output block, the block whose tensors' names and types it has."""
 
+    def remark(self, label: str, what: str, names: Sequence[str]) -> None:
+        self.remarks.setdefault((label, what), {}).update(dict.fromkeys(names))
+
 
 class _Inputs:
     """The models of a recipe with what alignment asks about each."""
 
-    def __init__(self, recipe: Recipe, models: Mapping[str, Checkpoint]) -> None:
+    def __init__(
+        self, recipe: Recipe, models: Mapping[str, Checkpoint], places: Sequence[OutputBlock]
+    ) -> None:
         self.recipe, self.models = recipe, models
-        ends = {key: head_and_embedding(model.tensors) for key, model in models.items()}
+        # Only models that give the output its ends have a say in whether it is tied.
+        outer = {s.model for p in places if p.block is None for s in (p.base, *p.sources) if s is not None}
+        ends = {key: head_and_embedding(model.tensors) for key, model in models.items() if key in outer}
         self.heads = {head for head, _ in ends.values() if head}
         self.tied = {key: embedding for key, (head, embedding) in ends.items() if embedding and not head}
         self.embeddings = {embedding for _, embedding in ends.values() if embedding}
@@ -97,20 +107,22 @@ class _Inputs:
 
 def align_tensors(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Alignment:
     """The table for ``recipe`` over opened ``models`` (by ``Model.key``). Problems are collected, not raised."""
-    result, inputs = Alignment(), _Inputs(recipe, models)
-    counts = {key: block_count(model.tensors) for key, model in models.items()}
+    places = layer_plan(recipe, {key: block_count(model.tensors) for key, model in models.items()})
+    result, inputs = Alignment(), _Inputs(recipe, models, places)
     if inputs.embeddings:
         result.has_head = bool(inputs.heads)
         if inputs.heads and inputs.tied:
             result.notes.append(
                 f"{some_of(list(inputs.tied))}: the head is tied to the embedding, other inputs have one of their "
                 "own; the embedding stands in for it, and the output is untied.")
-    for place in layer_plan(recipe, counts):
+    for place in places:
         _add_place(inputs, place, result)
     if recipe.slices is None:
         order = {name: i for i, name in enumerate(models[recipe.model_list[0].key].tensors)}
         result.tensors.sort(key=lambda t: order.get(t.name, len(order)))
-    _join_missing(result)
+    result.notes += [
+        f"{label}: {some_of(list(names))} {what}" for (label, what), names in result.remarks.items()]
+    _join_missing(result, recipe)
     _check_types(result)
     return result
 
@@ -136,6 +148,8 @@ def _names(inputs: _Inputs, place: OutputBlock, donor: BlockSource, result: Alig
     if place.block is None:
         wanted = [n for n in names if place_of(role(n, ()).kind) == place.place]
         names = dict.fromkeys(wanted)
+    if place.place == "after":  # a tied model's head is its embedding: no name says so
+        names.update(dict.fromkeys(sorted(inputs.heads)))
     recipe = inputs.recipe
     for source in place.sources:
         theirs = inputs.names(source)
@@ -144,20 +158,18 @@ def _names(inputs: _Inputs, place: OutputBlock, donor: BlockSource, result: Alig
         elif source.block != donor.block:
             theirs = [rename_block(n, donor.block or 0) for n in theirs]
         extra = [n for n in theirs if n not in names]
-        names.update(dict.fromkeys(n for n in extra if n in inputs.heads))
-        extra = [n for n in extra if n not in inputs.heads]
         label = recipe.experts[source.expert or 0].label
         buffers = [n for n in extra if IGNORABLE.fullmatch(n)]
         weights = [n for n in extra if not IGNORABLE.fullmatch(n)]
         if buffers:
-            result.notes.append(f"{label}: {some_of(buffers)} left out (buffers, not weights).")
+            result.remark(label, "left out (buffers, not weights).", buffers)
         if weights and recipe.policies.extra_tensors == "refuse":
             result.problems += [_Mismatch("E_EXTRA_TENSOR", n, label) for n in weights]
         elif weights and recipe.policies.extra_tensors == "copy":
             names.update(dict.fromkeys(weights))
-            result.notes.append(f"{label}: {some_of(weights)} copied as they are (no other model has them).")
+            result.remark(label, COPIED, weights)
         elif weights:
-            result.notes.append(f"{label}: {some_of(weights)} dropped, as the recipe says.")
+            result.remark(label, "dropped, as the recipe says.", weights)
     return list(names)
 
 
@@ -182,11 +194,14 @@ def _add(
             result.problems.append(_Mismatch("E_MISSING_TENSOR", name, place.base.model))
             return
         present, keep = present[:1], True
-    elif missing and (buffer or (base is None and recipe.policies.extra_tensors == "copy")):
+    elif buffer or (missing and base is None and recipe.policies.extra_tensors == "copy"):
         keep = True
+        if missing and not buffer:
+            result.remark(present[0].label, COPIED, [name])
     elif missing and base is not None and recipe.policies.missing_tensors == "base":
         present = [p._replace(source=p.source or base) for p in parts]
-        result.notes.append(f"{some_of(missing)}: {name} is missing and counts as unchanged, as the recipe says.")
+        for label in missing:
+            result.remark(label, "missing; they count as unchanged, as the recipe says.", [name])
     elif missing:
         result.problems += [_Mismatch("E_MISSING_TENSOR", name, label) for label in missing]
         return
@@ -208,7 +223,7 @@ class _Mismatch(InputError):
         self.name, self.label = name, label
 
 
-def _join_missing(result: Alignment) -> None:
+def _join_missing(result: Alignment, recipe: Recipe) -> None:
     groups: dict[tuple[str, str], list[str]] = {}
     for problem in result.problems:
         if isinstance(problem, _Mismatch):
@@ -224,17 +239,27 @@ def _join_missing(result: Alignment) -> None:
             result.problems.append(InputError(
                 code, f"{label} lacks tensors that the others have: {some_of(names)}.",
                 "Nobody can tell what they should be in this model.",
-                "Check that the models belong together. If so, set policies.missing_tensors: base "
-                "(they then count as unchanged)."))
+                "Check that the models belong together. If so, set policies."
+                + ("missing_tensors: base (they then count as unchanged)." if recipe.base is not None
+                   else "extra_tensors: copy (they are then taken from the first model that has them).")))
 
 
 def _check_types(alignment: Alignment) -> None:
-    """Data types that can be merged or copied; adds a problem for each other one."""
+    """Data types that can be merged or copied, alone and together; adds a problem for each other one."""
     strange: dict[str, list[str]] = {}
+    mixed: dict[tuple[str, ...], list[str]] = {}
     for tensor in alignment.tensors:
-        for source in (tensor.base, *tensor.experts):
-            if source is not None and source.dtype not in FLOATS and source.dtype not in COPIED_AS_THEY_ARE:
-                strange.setdefault(source.dtype, []).append(tensor.name)
+        types = dict.fromkeys(s.dtype for s in (tensor.base, *tensor.experts) if s is not None)
+        unknown = [t for t in types if t not in FLOATS and t not in COPIED_AS_THEY_ARE]
+        for dtype in unknown:
+            strange.setdefault(dtype, []).append(tensor.name)
+        if len(types) > 1 and not unknown and not tensor.keep and not types.keys() <= FLOATS:
+            mixed.setdefault(tuple(types), []).append(tensor.name)
+    for kinds, names in mixed.items():
+        alignment.problems.append(InputError(
+            "E_DTYPE", f"{some_of(names)}: the models store it as {' and as '.join(kinds)}.",
+            "Integers and bools are not averaged; they are copied if they are the same in all models.",
+            "Check that the models belong together."))
     for dtype, names in strange.items():
         alignment.problems.append(InputError(
             "E_DTYPE", f"{some_of(names)}: data type {dtype} cannot be merged.",

@@ -9,11 +9,12 @@ a resume change a bit.
 
 from __future__ import annotations
 
-import os
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,11 @@ import xxhash
 from .checkpoints.checkpoint import Source
 from .checkpoints.header import ITEM_BITS, TORCH_NAMES
 from .checkpoints.output import OutputFolder
-from .errors import AmalgamError, Cancelled, InputError, NumbersError, OutputError
+from .cores import available_cores
+from .errors import Cancelled, InputError, NumbersError, OutputError
 from .methods import Method, Workspace
 from .methods.lazy_torch import torch
-from .methods.scan import BlockScan, Reader, TensorInputs, compute_dtype
+from .methods.scan import BlockScan, Reader, TensorInputs, compute_dtype, round_into
 from .plan import Plan, TensorPlan
 from .publishing import make_manifest, side_files
 
@@ -95,16 +97,22 @@ def run(
     threads = threads_within(plan, threads, memory)
     torch.set_num_threads(1)  # the workers are the parallelism; more would fight over the same cores
     progress = Progress(sum(_work(t) for t in plan.tensors))
-    with OutputFolder.open(Path(out), plan.files, plan.hash, discard=restart) as folder:
+    wish = stop or threading.Event()
+
+    def check(*_: int) -> None:
+        if wish.is_set():
+            raise Cancelled()
+
+    with OutputFolder.open(Path(out), plan.files, plan.hash, discard=restart, progress=check) as folder:
         resumed = len(folder.done)
-        merge = _Merge(plan, folder, device, threads, progress, on_progress, stop or threading.Event())
+        merge = _Merge(plan, folder, device, threads, progress, on_progress, wish)
         merge.run()
         for model in plan.models.values():
             model.check_unchanged()
         manifest = make_manifest(plan, device, merge.delta_survival())
-        for name, content in side_files(plan).items():
+        for name, content in side_files(plan, Path(out).name).items():
             folder.add(name, content)
-        final = folder.finish(manifest)
+        final = folder.finish(manifest, check)
     return Result(final, manifest, time.monotonic() - started, resumed)
 
 
@@ -123,8 +131,7 @@ def choose_device(wish: str) -> str:
 
 def threads_within(plan: Plan, threads: int, memory: int | None) -> int:
     """Number of workers: as wished (0: one per core, 16 at most), fewer if the memory limit asks for it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(threads or min(cores, 16), max(1, len(plan.tensors)))
+    threads = min(threads or min(available_cores(), 16), max(1, len(plan.tensors)))
     while memory is not None and plan.memory(threads) > memory:
         threads -= 1
         if threads == 0:
@@ -153,6 +160,7 @@ class _Merge:
     ) -> None:  # fmt: skip
         self.plan, self.folder, self.device, self.threads = plan, folder, device, threads
         self.progress, self.on_progress, self.stop = progress, on_progress, stop
+        self.failed = threading.Event()
         self.survival = _Survival()
         self.lock = threading.Lock()
         self.local = threading.local()
@@ -175,17 +183,19 @@ class _Merge:
         self.spread(self.merge_tensor, todo)
 
     def prepare_whole_model(self, tensors: Sequence[TensorPlan]) -> None:
-        """Exact global rules look at all tensors before the first is merged."""
-        inputs = [self.inputs(t) for t in tensors]
+        """Exact global rules look at all tensors before the first is merged, in an order that no file decides."""
+        tensors = sorted(tensors, key=lambda t: t.name)
+        inputs = [self.inputs(t, scan=True) for t in tensors]
         method = tensors[0].method
         assert method is not None
 
         def spread(function: Callable[[TensorInputs, Workspace], Any], items: Sequence[TensorInputs]) -> list:
             return self.spread(lambda item: function(item, self.workspace()), items)
 
-        scan = BlockScan(inputs, self.workspace(), self.seed, spread, self.pulse)
-        for tensor, known in zip(tensors, method.prepare(scan), strict=True):
-            self.prepared[tensor.name] = known
+        with _memory_errors("the thresholds of the whole model"):
+            scan = BlockScan(inputs, self.workspace(), self.seed, spread, self.pulse)
+            for tensor, known in zip(tensors, method.prepare(scan), strict=True):
+                self.prepared[tensor.name] = known
 
     def spread(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list:
         """``function`` of each item on the workers, results in order; the first error ends it all."""
@@ -196,9 +206,9 @@ class _Merge:
             try:
                 return [f.result() for f in futures]
             except BaseException as error:
-                self.stop.set()
+                self.failed.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                # a worker that noticed ``stop`` says Cancelled; the cause is what somebody else raised
+                # a worker that noticed ``failed`` says Cancelled; the cause is what somebody else raised
                 raise next((e for f in futures if f.done() and not f.cancelled()
                             for e in [f.exception()] if e and not isinstance(e, Cancelled)), error) from None
 
@@ -209,7 +219,7 @@ class _Merge:
 
     def pulse(self, elements: int, moved: int = 0) -> None:
         """After each block: count, tell, and see whether to stop."""
-        if self.stop.is_set():
+        if self.stop.is_set() or self.failed.is_set():
             raise Cancelled()
         with self.lock:
             self.progress.done = min(self.progress.done + elements, self.progress.total)
@@ -221,36 +231,32 @@ class _Merge:
 
     def merge_tensor(self, tensor: TensorPlan) -> None:
         self.progress.tensor = tensor.name
-        try:
+        with _memory_errors(tensor.name):
             if tensor.method is None and all(s.dtype == tensor.dtype for s in tensor.sources):
                 checksum = self.copy(tensor)
             elif tensor.method is None:
                 checksum = self.convert(tensor)
             else:
                 checksum = self.combine(tensor, tensor.method)
-        except AmalgamError:
-            raise
-        except MemoryError as error:
-            raise OutputError("E_MEMORY", f"Out of memory at {tensor.name}.", str(error),
-                              "Use fewer --threads, or close other programs.") from error
         self.folder.complete(tensor.name, checksum)
 
     def copy(self, tensor: TensorPlan) -> str:
         """Bytes as they are; integers must be the same in all sources."""
         first, *others = tensor.sources
         size = ITEM_BITS[tensor.dtype] // 8
-        buffer, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK if others else 0))
+        room = min(CHUNK, tensor.nbytes)
+        buffer, other = memoryview(bytearray(room)), memoryview(bytearray(room if others else 0))
         checksum = xxhash.xxh3_128()
         for start in range(0, tensor.numel, CHUNK // size):
             stop = min(tensor.numel, start + CHUNK // size)
             view = buffer[: (stop - start) * size]
             first.read(start, stop, view)
-            for source in others if tensor.action == "equal" else ():
+            for source in others:
                 source.read(start, stop, other[: len(view)])
                 if other[: len(view)] != view:
                     raise InputError(
                         "E_INTEGER_DIFFERS", f"{tensor.name} ({tensor.dtype}) is not the same in all models.",
-                        "Integers and bools cannot be averaged.",
+                        f"Integers and bools cannot be averaged, and{_place(first)} and{_place(source)} differ.",
                         "Check that the models belong together.")
             checksum.update(view)
             self.folder.write(tensor.name, start * size, view)
@@ -267,7 +273,8 @@ class _Merge:
         if tensor.name in self.prepared:
             known = self.prepared[tensor.name]
         else:
-            (known,) = method.prepare(BlockScan([inputs], self.workspace(), self.seed, pulse=self.pulse))
+            scanned = [self.inputs(tensor, scan=True)]
+            (known,) = method.prepare(BlockScan(scanned, self.workspace(), self.seed, pulse=self.pulse))
         return self.write_blocks(tensor, inputs, lambda block: method.combine(block, known))
 
     def write_blocks(self, tensor: TensorPlan, inputs: TensorInputs, merged: Callable[[Any], Tensor]) -> str:
@@ -280,7 +287,7 @@ class _Merge:
             self.check_numbers(tensor, block.start, result, host)
             if block.base is not None and size == 2 and number % SURVIVAL_EVERY == 0:
                 self.count_survival(workspace, block.base, result, host)
-            view = memoryview(host.view(torch.uint8).numpy())
+            view = host.view(torch.uint8).numpy().data
             checksum.update(view)
             self.folder.write(tensor.name, block.start * size, view)
             self.pulse(result.numel(), result.numel() * moved)
@@ -288,15 +295,18 @@ class _Merge:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def inputs(self, tensor: TensorPlan) -> TensorInputs:
+    def inputs(self, tensor: TensorPlan, scan: bool = False) -> TensorInputs:
+        """``scan``: for thresholds and norms, which must be finite. Where NaN and infinity may pass they are
+        taken for 0 there, so that they stay in their place instead of spoiling the whole tensor."""
         sources = tensor.inputs()
         dtype = compute_dtype([getattr(torch, TORCH_NAMES[s.dtype]) for s in sources])
-        check = (tensor.method is not None and not tensor.method.spreads_nan
-                 and self.plan.recipe.policies.non_finite == "refuse")
+        refuse = self.plan.recipe.policies.non_finite == "refuse"
+        check = refuse and tensor.method is not None and not tensor.method.spreads_nan
+        blank = scan and not refuse
         return TensorInputs(
             tensor.name, tensor.numel, dtype,
-            None if tensor.base is None else _reader(tensor.base, check),
-            [_reader(s, check) for s in (tensor.sources if tensor.method else tensor.sources[:1])])
+            None if tensor.base is None else _reader(tensor.base, check, blank),
+            [_reader(s, check, blank) for s in (tensor.sources if tensor.method else tensor.sources[:1])])
 
     # -- numbers ---------------------------------------------------------------------------------------
 
@@ -305,29 +315,29 @@ class _Merge:
         if bool(torch.isfinite(host.sum(dtype=torch.float32 if host.dtype == torch.float16 else None))):
             return
         policies = self.plan.recipe.policies
-        wrong = torch.nonzero(~torch.isfinite(host)).flatten()
-        if not wrong.numel():
-            return
-        place = start + int(wrong[0])
-        if bool(torch.isfinite(result[wrong.to(result.device)]).all()):
-            if policies.overflow == "refuse":
-                raise NumbersError(
-                    "E_OVERFLOW", f"{tensor.name}: element {place} is {float(result[int(wrong[0])]):.6g}, too large for "
-                    f"{tensor.dtype}.", "It would be stored as infinity.",
-                    "Choose dtype: bfloat16 or float32, smaller weights, or policies.overflow: allow.")
-        elif policies.non_finite == "refuse":
+        before, after = torch.isfinite(result).cpu(), torch.isfinite(host)
+        broken, overflowed = torch.nonzero(~before).flatten(), torch.nonzero(before & ~after).flatten()
+        if broken.numel() and policies.non_finite == "refuse":
+            place = start + int(broken[0])
             for source in tensor.inputs():
                 _find_non_finite(source, place)
             raise NumbersError(
                 "E_NOT_FINITE", f"{tensor.name}: element {place} is not a finite number.",
                 "The arithmetic left the range of its type.", "Check weights and lambda.")
+        if overflowed.numel() and policies.overflow == "refuse":
+            place = int(overflowed[0])
+            raise NumbersError(
+                "E_OVERFLOW", f"{tensor.name}: element {start + place} is {float(result[place]):.6g}, too large "
+                f"for {tensor.dtype}.", "It would be stored as infinity.",
+                "Choose dtype: bfloat16 or float32, smaller weights, or policies.overflow: allow.")
 
     def count_survival(self, workspace: Workspace, base: Tensor, result: Tensor, host: Tensor) -> None:
         """How many entries the merge changed, and how many of those the output's rounding set back."""
         flags = workspace.buffer("flags", result.numel(), result.dtype)
         changed = int(torch.ne(result, base, out=flags).sum())
+        before = workspace.buffer("before", result.numel(), host.dtype).copy_(base)
         stored = workspace.buffer("stored", result.numel(), result.dtype).copy_(host)
-        kept = int(torch.ne(stored, base, out=flags).sum())
+        kept = int(torch.ne(stored, base.copy_(before), out=flags).sum())
         with self.lock:
             self.survival.changed += changed
             self.survival.lost += max(0, changed - kept)
@@ -346,18 +356,21 @@ class _Merge:
 def _on_host(workspace: Workspace, result: Tensor, dtype: Any) -> Tensor:
     """The block in the output's dtype, rounded to nearest even, in host memory."""
     out = workspace.buffer("output", result.numel(), dtype)
-    out.copy_(result)
+    round_into(out, result)
     return out if out.device.type == "cpu" else out.cpu()
 
 
-def _reader(source: Source, check: bool) -> Reader:
-    """Reads a source through the workspace's byte buffer into a compute tensor."""
+def _reader(source: Source, check: bool, blank: bool) -> Reader:
+    """Reads a source through the workspace's byte buffer into a compute tensor. ``check``: refuse what is not
+    finite; ``blank``: make it 0."""
     dtype, size = getattr(torch, TORCH_NAMES[source.dtype]), ITEM_BITS[source.dtype] // 8
 
     def read(start: int, out: Tensor, workspace: Workspace) -> None:
         raw = workspace.host_bytes(out.numel() * size)
-        source.read(start, start + out.numel(), memoryview(raw.numpy()))
+        source.read(start, start + out.numel(), raw.numpy().data)
         out.copy_(raw.view(dtype))
+        if blank:
+            out.nan_to_num_(0.0, 0.0, 0.0)
         if check and not bool(torch.isfinite(out.sum())):
             _find_non_finite(source, start, out)
 
@@ -368,13 +381,31 @@ def _find_non_finite(source: Source, start: int, values: Tensor | None = None) -
     """Raise E_NOT_FINITE if the values (or the one element at ``start``) hold a NaN or an infinity."""
     if values is None:
         raw = torch.empty(ITEM_BITS[source.dtype] // 8, dtype=torch.uint8)
-        source.read(start, start + 1, memoryview(raw.numpy()))
+        source.read(start, start + 1, raw.numpy().data)
         values = raw.view(getattr(torch, TORCH_NAMES[source.dtype]))
     wrong = torch.nonzero(~torch.isfinite(values)).flatten()
     if wrong.numel():
         place, value = start + int(wrong[0]), float(values[int(wrong[0])])
-        where = getattr(getattr(source, "file", None), "path", "")
         raise NumbersError(
-            "E_NOT_FINITE", f"{source.name}: element {place} is {value}{f' in {where}' if where else ''}.",
+            "E_NOT_FINITE", f"{source.name}: element {place} is {value} in{_place(source)}.",
             "NaN and infinity spread through a merge and ruin the model.",
             "Use another checkpoint, or set policies.non_finite: propagate if you mean it.")
+
+
+def _place(source: Source) -> str:
+    """" <file>" of a tensor, or as much as is known."""
+    where = getattr(getattr(source, "file", None), "path", None)
+    return f" {where}" if where else " one of the models"
+
+
+@contextmanager
+def _memory_errors(what: str) -> Iterator[None]:
+    """When there is none left, Python raises MemoryError, and torch RuntimeError or a subclass of it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory", str(error)):
+            raise
+        raise OutputError(
+            "E_MEMORY", f"Out of memory at {what}.", str(error).splitlines()[0] if str(error) else "",
+            "Use fewer --threads, or close other programs.") from error

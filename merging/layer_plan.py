@@ -71,13 +71,24 @@ def layer_plan(recipe: Recipe, block_counts: Mapping[str, int]) -> list[OutputBl
         if len(blocks) + count > MAX_BLOCKS:
             raise RecipeError("E_RECIPE_INPUTS", f"The slices make more than {MAX_BLOCKS} blocks.")
         runs = [(recipe.experts[i].key, source.layers[0], i) for i, source in experts if source]
-        for key, start, _ in [*runs, *([(base.key, base_start, None)] if base and base_start is not None else [])]:
+        for key, start, _ in [
+            *runs,
+            *([(base.key, base_start, None)] if base and base_start is not None else []),
+        ]:
             _check_range(key, start, start + count, block_counts, index)
         for offset in range(count):
-            blocks.append(OutputBlock(
-                "block", len(blocks), layer_fraction(offset, count), index,
-                BlockSource(base.key, base_start + offset, None) if base and base_start is not None else None,
-                tuple(BlockSource(key, start + offset, expert) for key, start, expert in runs)))  # fmt: skip
+            blocks.append(
+                OutputBlock(
+                    "block",
+                    len(blocks),
+                    layer_fraction(offset, count),
+                    index,
+                    BlockSource(base.key, base_start + offset, None)
+                    if base and base_start is not None
+                    else None,
+                    tuple(BlockSource(key, start + offset, expert) for key, start, expert in runs),
+                )
+            )
     return [_outside(recipe, "before", 0), *blocks, _outside(recipe, "after", len(recipe.slices) - 1)]
 
 
@@ -86,15 +97,23 @@ def _whole_models(recipe: Recipe, block_counts: Mapping[str, int]) -> list[Outpu
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
         raise RecipeError(
-            "E_RECIPE_INPUTS", f"The models have different numbers of blocks ({listed}).",
-            "Blocks are merged one to one.", "Leave a model out, or say with slices which layers belong together.")
+            "E_RECIPE_INPUTS",
+            f"The models have different numbers of blocks ({listed}).",
+            "Blocks are merged one to one.",
+            "Leave a model out, or say with slices which layers belong together.",
+        )
     count = next(iter(counts.values()))
     blocks = [
         OutputBlock(
-            "block", i, layer_fraction(i, count), None, BlockSource(recipe.base.key, i, None) if recipe.base else None,
-            tuple(BlockSource(e.key, i, k) for k, e in enumerate(recipe.experts)))
+            "block",
+            i,
+            layer_fraction(i, count),
+            None,
+            BlockSource(recipe.base.key, i, None) if recipe.base else None,
+            tuple(BlockSource(e.key, i, k) for k, e in enumerate(recipe.experts)),
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
     return [_outside(recipe, "before", None), *blocks, _outside(recipe, "after", None)]
 
 
@@ -118,5 +137,8 @@ def _base_of_slice(recipe: Recipe, index: int) -> tuple[Model | None, int | None
 def _check_range(key: str, start: int, end: int, block_counts: Mapping[str, int], index: int) -> None:
     if end > block_counts[key]:
         raise RecipeError(
-            "E_RECIPE_INPUTS", f"slices[{index}]: layers [{start}, {end}) of {key} do not exist.",
-            f"It has {block_counts[key]} blocks, numbered from 0; the end is not included.", "Correct the range.")
+            "E_RECIPE_INPUTS",
+            f"slices[{index}]: layers [{start}, {end}) of {key} do not exist.",
+            f"It has {block_counts[key]} blocks, numbered from 0; the end is not included.",
+            "Correct the range.",
+        )

@@ -25,9 +25,18 @@ ELSEWHERE = {"gamma", "epsilon", "select_topk", "filter_wise", "max_iter", "tol"
 BASE_IS_A_MODEL = {"linear", "passthrough"}
 """Methods without a base: in the ``models`` form mergekit adds ``base_model`` to the models."""
 OTHER_METHODS = {
-    "karcher", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", "arcee_fusion",
-    "nearswap", "ram", "ramplus_tl",
-}  # fmt: skip
+    "karcher",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "model_stock",
+    "arcee_fusion",
+    "nearswap",
+    "ram",
+    "ramplus_tl",
+}
 KNOWN = {name for names in PARAMETERS.values() for level in names for name in level} | ELSEWHERE
 
 RESCALE_NOTE = (
@@ -47,18 +56,23 @@ class ParameterReader:
     def read(self, data: Any, path: Path, level: str) -> dict[str, Any]:
         """One level: "merge", "slice", "model", or "base" (a model that is the base)."""
         if not isinstance(data, Mapping):
-            raise RecipeProblem("E_RECIPE_FIELD", path, f"{quoted(data)} is not a mapping of parameters.")
+            raise RecipeProblem(path, f"{quoted(data)} is not a mapping of parameters.")
         result: dict[str, Any] = {}
         for name, value in data.items():
             here = (*path, name)
             if name not in KNOWN:
                 raise RecipeProblem(
-                    "E_RECIPE_FIELD", here, f"unknown parameter {quoted(name)}.", "mergekit would ignore it.",
-                    suggestion(name, self.shared | self.own))
+                    here,
+                    f"unknown parameter {quoted(name)}.",
+                    "mergekit would ignore it.",
+                    suggestion(name, self.shared | self.own),
+                )
             if name not in self.shared | self.own:
                 self.note(f"{name} has no effect in {self.method} (in mergekit neither).")
             elif level == "base":
-                self.note(f"Parameters of the base have no effect in {self.method} (in mergekit neither): {name}.")
+                self.note(
+                    f"Parameters of the base have no effect in {self.method} (in mergekit neither): {name}."
+                )
             elif level == "model" and name in self.shared:
                 self.note(f"{name} has no effect under a model, only under parameters (as in mergekit).")
             else:
@@ -79,8 +93,11 @@ class ParameterReader:
         if name.startswith("nuslerp_"):
             if value is not (name == "nuslerp_flatten"):
                 raise RecipeProblem(
-                    "E_RECIPE_UNSUPPORTED", path, "only whole tensors are supported, not rows or columns.", "",
-                    "Leave it out.")
+                    path,
+                    "only whole tensors are supported, not rows or columns.",
+                    fix="Leave it out.",
+                    code="E_RECIPE_UNSUPPORTED",
+                )
             return {}
         return {name: value}
 
@@ -90,7 +107,7 @@ class ParameterReader:
         if not isinstance(value, list):
             return words.get(str(value).lower(), value) if isinstance(value, str | int) else value
         if any(not isinstance(v, Mapping) for v in value):
-            raise RecipeProblem("E_RECIPE_UNSUPPORTED", path, "a switch cannot change with depth.")
+            raise RecipeProblem(path, "a switch cannot change with depth.", code="E_RECIPE_UNSUPPORTED")
         return [
             {**v, "value": self._switch(v["value"], (*path, i, "value"))} if "value" in v else v
             for i, v in enumerate(value)
@@ -98,11 +115,17 @@ class ParameterReader:
 
     def _rescale(self, value: Any, path: Path) -> dict[str, Any]:
         if not isinstance(value, bool):
-            raise RecipeProblem("E_RECIPE_UNSUPPORTED", path, f"rescale is true or false, not {quoted(value)}.")
+            raise RecipeProblem(
+                path, f"rescale is true or false, not {quoted(value)}.", code="E_RECIPE_UNSUPPORTED"
+            )
         if self.method == "ties":
             if value:
                 raise RecipeProblem(
-                    "E_RECIPE_UNSUPPORTED", path, "ties with rescale is not supported.", "", "Leave it out, or use dare_ties.")
+                    path,
+                    "ties with rescale is not supported.",
+                    fix="Leave it out, or use dare_ties.",
+                    code="E_RECIPE_UNSUPPORTED",
+                )
             return {}
         if value:
             self.note(RESCALE_NOTE)

@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 from .errors import RecipeError
 from .mergekit_parameters import BASE_IS_A_MODEL, PARAMETERS, fall_through
 from .recipe import Recipe
-from .recipe_parts import Model
+from .recipe_checks import is_template
+from .recipe_parts import Model, TokenSource
 from .recipe_yaml import write_yaml
 
 Parameters = dict[str, Any]
@@ -34,12 +35,14 @@ class _Writer:
         recipe = self.recipe
         if recipe.method not in PARAMETERS:
             _refuse("method", f"mergekit has no method {recipe.method}.")
-        if False in recipe.include.model_dump().values():
+        if False in recipe.include.model_dump().values() or recipe.method_class.excluded_kinds:
             _refuse("include", "mergekit applies the method to all tensors.")
         if recipe.policies.model_dump(exclude_defaults=True):
             _refuse("policies", "mergekit has no choice there.")
         if recipe.seed and recipe.method.startswith("dare"):
-            self.comments.append(f"Run mergekit with --random-seed {recipe.seed} or another: its random numbers differ.")
+            self.comments.append(
+                f"Run mergekit with --random-seed {recipe.seed} or another: its random numbers differ."
+            )
         data: dict[str, Any] = {"merge_method": recipe.method}
         if recipe.base is not None:
             data["base_model"] = self.reference(recipe.base)
@@ -56,7 +59,10 @@ class _Writer:
     def reference(self, model: Model | None, text: str = "") -> str:
         parts = [text] if model is None else [model.model, *([model.adapter] if model.adapter else [])]
         if any("+" in part or part.count("@") > 1 for part in parts):
-            _refuse(repr(parts[0]), 'mergekit gives "+" and a second "@" in a model\'s name a meaning of their own.')
+            _refuse(
+                repr(parts[0]),
+                'mergekit gives "+" and a second "@" in a model\'s name a meaning of their own.',
+            )
         return "+".join(parts)
 
     def models(self) -> list[dict[str, Any]]:
@@ -75,16 +81,19 @@ class _Writer:
         assert self.recipe.slices is not None
         part = self.recipe.slices[index]
         base = self.recipe.slice_base(part) if self.recipe.method_class.uses_base else None
-        sources = []
-        for expert, source in self.recipe.slice_experts(index):
-            assert source is not None
-            own = self.recipe.experts[expert]
-            merged = dict(own.parameters)
-            merged.update({n: fall_through(v, merged.get(n)) for n, v in source.parameters.items()})
-            sources.append(self.entry(self.reference(own), merged, layer_range=source.layers))
-        if base is not None:
-            listed = [s for s in part.sources if self.recipe.is_base(s, part)] or part.sources
-            sources.append({"model": self.reference(base), "layer_range": listed[0].layers})
+        sources, listed = [], False
+        for source in part.sources:
+            expert = self.recipe.expert_named(source.model)
+            if base is not None and self.recipe.is_base(source, part):
+                listed = True
+                sources.append({"model": self.reference(base), "layer_range": source.layers})
+            elif expert is not None:
+                own = self.recipe.experts[expert]
+                merged = dict(own.parameters)
+                merged.update({n: fall_through(v, merged.get(n)) for n, v in source.parameters.items()})
+                sources.append(self.entry(self.reference(own), merged, layer_range=source.layers))
+        if base is not None and not listed:
+            sources.append({"model": self.reference(base), "layer_range": part.sources[0].layers})
         result: dict[str, Any] = {"sources": sources}
         if part.base is not None and base is not None:
             result["base_model"] = self.reference(base)
@@ -96,7 +105,9 @@ class _Writer:
         # mergekit has no default for weight; the last level to be asked is the place for ours
         field = self.recipe.method_class.PerExpert.model_fields.get("weight")
         if field is not None and not field.is_required():
-            parameters["weight"] = fall_through(parameters["weight"], field.default) if "weight" in parameters else field.default
+            parameters["weight"] = (
+                fall_through(parameters["weight"], field.default) if "weight" in parameters else field.default
+            )
         if "rescale" in shared and self.recipe.method.startswith("dare") and "rescale" not in parameters:
             parameters.update(self.native({"rescale": "inverse"}))
         return parameters
@@ -108,13 +119,17 @@ class _Writer:
             _refuse("scope: global", "mergekit trims each tensor by itself.")
         if "rescale" in result:
             if result["rescale"] == "inverse":
-                self.comments.append("mergekit scales what is left by the ratio of L1 norms instead of 1/density.")
+                self.comments.append(
+                    "mergekit scales what is left by the ratio of L1 norms instead of 1/density."
+                )
             result["rescale"] = result["rescale"] != "none"
         return result
 
     def dtype(self) -> dict[str, str]:
         if self.recipe.dtype is None:
-            self.comments.append("Without dtype, mergekit computes in the inputs' own type; dtype: float32 is more exact.")
+            self.comments.append(
+                "Without dtype, mergekit computes in the inputs' own type; dtype: float32 is more exact."
+            )
             return {}
         if self.recipe.dtype == "float64":
             return {"dtype": "float64"}
@@ -123,10 +138,11 @@ class _Writer:
     def tokenizer(self) -> dict[str, Any]:
         recipe = self.recipe
         result: dict[str, Any] = {}
-        if recipe.chat_template is not None:
-            if recipe.chat_template != "auto" and "{" not in recipe.chat_template:
-                _refuse("chat_template", "mergekit takes a template from a model only as auto.")
-            result["chat_template"] = recipe.chat_template
+        template = recipe.chat_template
+        if is_template(template):
+            result["chat_template"] = template
+        elif template not in ("auto", "base", recipe.tokenizer.source):
+            _refuse("chat_template", "mergekit takes it only from the model that gives the tokenizer.")
         tokenizer = recipe.tokenizer
         if tokenizer.source == "auto":
             if tokenizer.pad_to_multiple_of:
@@ -139,16 +155,19 @@ class _Writer:
         for token, rule in tokenizer.tokens.items():
             entry: dict[str, Any] = {"force": True} if rule.force else {}
             if rule.source is not None:
-                where = rule.source.model_dump(exclude_none=True)
-                if where == "zero":
-                    entry["source"] = {"kind": "zero"}
-                elif isinstance(where, str):
-                    entry["source"] = self.named(where)
-                else:
-                    entry["source"] = {"kind": "model_token", **where, "model": self.named(where["model"])}
+                entry["source"] = self.token_source(rule.source)
             tokens[token] = entry
         padding = {"pad_to_multiple_of": tokenizer.pad_to_multiple_of} if tokenizer.pad_to_multiple_of else {}
-        return {**result, "tokenizer": {"source": source, **({"tokens": tokens} if tokens else {}), **padding}}
+        return {
+            **result,
+            "tokenizer": {"source": source, **({"tokens": tokens} if tokens else {}), **padding},
+        }
+
+    def token_source(self, source: str | TokenSource) -> Any:
+        if isinstance(source, str):
+            return {"kind": "zero"} if source == "zero" else self.named(source)
+        fields = source.model_dump(exclude_none=True)
+        return {"kind": "model_token", **fields, "model": self.named(source.model)}
 
     def named(self, text: str) -> str:
         return text if text in ("base", "union") else self.reference(self.recipe.model_named(text), text)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from .checkpoints.disk import free_bytes
 from .checkpoints.header import ITEM_BITS, build_header
 from .checkpoints.hub import resolve
 from .checkpoints.output import OutputFile
+from .checkpoints.side_files import OutputFacts, SideFiles, collect
 from .errors import AmalgamError, InputError, OutputError, RecipeError
 from .methods import BLOCK, Method
 from .recipe import Recipe
+from .recipe_parameters import Resolved
 from .vocabularies import VocabularyPlan, align_vocabularies
 
 NUMERICS = 1
 """Raised whenever the same plan would give other bytes: unfinished work of an older version is not resumed."""
 SHARD_SIZE = 5_000_000_000
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+LARGEST_NUMBER = 1e30
 INTERPRETER = 230_000_000
 """Anonymous memory of Python with torch, in bytes (measured; see benchmarks)."""
 
@@ -81,6 +84,8 @@ class Plan:
     files: list[OutputFile]
     alignment: Alignment
     vocabulary: VocabularyPlan
+    side_files: SideFiles
+    """Configuration, tokenizer and the like, ready to be written."""
     blockers: list[AmalgamError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     shard_size: int = SHARD_SIZE
@@ -118,6 +123,7 @@ class Plan:
             "recipe": json.loads(self.recipe.canonical_json()),
             "inputs": {key: model.identity() for key, model in self.models.items()},
             "vocabulary": self.vocabulary.digest,
+            "side_files": {name: hashlib.sha256(content).hexdigest() for name, content in self.side_files.files.items()},
             "files": [[f.name, f.size, hashlib.sha256(f.header).hexdigest()] for f in self.files],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -187,12 +193,15 @@ def make_plan(
         included = {t.name for t in alignment.tensors if not t.keep and _included(recipe, t)}
         vocabulary = align_vocabularies(recipe, models, alignment, included)
         tensors = [_plan_tensor(recipe, tensor, tensor.name in included) for tensor in alignment.tensors]
-        blockers: list[AmalgamError] = [*alignment.problems, *_shape_problems(tensors)]
+        blockers: list[AmalgamError] = [*alignment.problems, *_shape_problems(alignment, included)]
         if not tensors and not blockers:
             blockers.append(RecipeError("E_RECIPE_INPUTS", "There is nothing to merge.", "The models have no tensors."))
-        _check_whole_model(tensors)
+        _check_whole_model(alignment, tensors)
         files = lay_out(tensors, shard_size)
-        plan = Plan(recipe, models, paths, tensors, files, alignment, vocabulary, blockers, shard_size=shard_size)
+        side_files = _side_files(recipe, models, tensors, alignment, vocabulary)
+        alignment.notes += side_files.notes
+        plan = Plan(recipe, models, paths, tensors, files, alignment, vocabulary, side_files, blockers,
+                    shard_size=shard_size)
         plan.warnings += [*warnings, *_warnings(plan)]
         return plan
     except BaseException:
@@ -221,6 +230,10 @@ def open_models(
                 continue
             found = resolve(model.adapter, offline=offline, progress=progress)
             models[model.key] = open_checkpoint(found.path, model.key, base=plain[model.model])
+            if models[model.key].kind != "adapter":  # else its base would be ignored
+                raise InputError(
+                    "E_ADAPTER", f"{model.adapter} is not an adapter.", "It has no adapter_config.json.",
+                    "If it is a whole model, name it as model: and leave adapter: out.")
             paths[model.key] = f"{paths[model.model]}+{found.reference}"
             warnings += found.warnings
         return models, {key: paths[key] for key in models}, warnings
@@ -238,8 +251,9 @@ def _plan_tensor(recipe: Recipe, tensor: Aligned, included: bool) -> TensorPlan:
     plain = TensorPlan(tensor.name, _output_dtype(recipe, template), template.shape, tensor.role.kind,
                        tensor.role.block, "copy", [template])
     if template.dtype in COPIED_AS_THEY_ARE:
-        everyone = [template, *(s for s in (tensor.base, *tensor.experts) if s is not None and s is not template)]
-        plain.action, plain.sources = ("copy" if tensor.keep else "equal"), everyone
+        if not tensor.keep:
+            others = [s for s in (tensor.base, *tensor.experts) if s is not None and s is not template]
+            plain.action, plain.sources = "equal", [template, *others]
         return plain
     if not included:
         return plain
@@ -276,25 +290,56 @@ def _method(recipe: Recipe, tensor: Aligned) -> Method:
     cache: dict[int, tuple[Any, Method]] = recipe.__dict__.setdefault("_methods", {})
     known = cache.get(id(resolved))
     if known is None or known[0] is not resolved:
+        _check_size(resolved, tensor.name)
         known = cache[id(resolved)] = (
             resolved, cls(cls.Shared(**resolved.shared), [cls.PerExpert(**e) for e in resolved.experts]))
+        for value in known[1].coefficients() or ():
+            _check_number("The effective coefficient", value, tensor.name)
     return known[1]
 
 
-def _shape_problems(tensors: Iterable[TensorPlan]) -> list[AmalgamError]:
-    """Sources that are merged have one shape; if not, one error that lists the tensors."""
-    different = [t for t in tensors if any(s.shape != t.shape for s in t.inputs())]
+def _check_size(resolved: Resolved, tensor: str) -> None:
+    for values in (resolved.shared, *resolved.experts):
+        for name, value in values.items():
+            if isinstance(value, float):
+                _check_number(name, value, tensor)
+
+
+def _check_number(what: str, value: float, tensor: str) -> None:
+    """Products and sums of what passes here stay in float32's range."""
+    if not abs(value) <= LARGEST_NUMBER:
+        raise RecipeError(
+            "E_RECIPE_FIELD", f"{what} of {tensor} is {value:.6g}, which is too large to compute with.",
+            f"Numbers up to {LARGEST_NUMBER:g} are.", "Check weights and lambda.")
+
+
+def _shape_problems(alignment: Alignment, included: set[str]) -> list[AmalgamError]:
+    """Tensors that the method is applied to have one shape in all models, also in those with weight 0; if not,
+    one error that lists them."""
+    different = []
+    for tensor in alignment.tensors:
+        integers = tensor.template.dtype in COPIED_AS_THEY_ARE and not tensor.keep
+        shapes = {s.shape for s in (tensor.template, *tensor.experts)}
+        if len(shapes) > 1 and (tensor.name in included or integers):
+            different.append(tensor)
     if not different:
         return []
-    shapes = ", ".join(str(list(s.shape)) for s in different[0].inputs())
+    first = different[0]
+    listed = ", ".join(str(list(s.shape)) for s in (first.base, *first.experts) if s is not None)
     return [InputError(
-        "E_SHAPE", f"Shapes differ: {some_of([t.name for t in different])}.", f"{different[0].name} is {shapes}.",
+        "E_SHAPE", f"Shapes differ: {some_of([t.name for t in different])}.", f"{first.name} is {listed}.",
         "Only models of one architecture and size can be merged.")]
 
 
-def _check_whole_model(tensors: Iterable[TensorPlan]) -> None:
-    """A global rule ranks all tensors together: its parameters must not differ between them."""
-    rules = {t.method.whole_model() for t in tensors if t.method is not None}
+def _check_whole_model(alignment: Alignment, tensors: Sequence[TensorPlan]) -> None:
+    """A global rule ranks all tensors together: neither its parameters nor its models may differ between them."""
+    pairs = [(t.method.whole_model(), tuple(a.models))
+             for a, t in zip(alignment.tensors, tensors, strict=True) if t.method is not None]
+    rules = {rule for rule, _ in pairs}
+    if len(rules) == 1 and None not in rules and len(set(pairs)) > 1:
+        raise RecipeError(
+            "E_RECIPE_FIELD", "scope: global needs the same experts in all slices.",
+            "All entries of an expert are ranked together, against one threshold.", "Set scope: tensor.")
     if len(rules) > 1:
         raise RecipeError(
             "E_RECIPE_FIELD", "scope: global needs the same density (ratio, clip) for all tensors.",
@@ -336,6 +381,32 @@ def index_file(files: list[OutputFile]) -> bytes | None:
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _side_files(
+    recipe: Recipe, models: dict[str, Checkpoint], tensors: list[TensorPlan], alignment: Alignment,
+    vocabulary: VocabularyPlan,
+) -> SideFiles:  # fmt: skip
+    """Configuration, tokenizer and templates of the output; see ``checkpoints/side_files.py``."""
+    keys = list(models)
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.dtype not in COPIED_AS_THEY_ARE:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
+    dtype = max(sizes, key=lambda d: sizes[d], default="F32")
+    facts = OutputFacts(
+        dtype={code: name for name, code in DTYPES.items()}.get(dtype, "float32"),
+        tied=None if alignment.has_head is None else not alignment.has_head,
+        rows=vocabulary.rows,
+        blocks=[source.block or 0 for source in alignment.blocks] if recipe.slices is not None else None)
+    template: str | int | None = {"auto": "most"}.get(recipe.chat_template or "", recipe.chat_template)
+    named = recipe.model_named(recipe.chat_template) if recipe.chat_template else None
+    if named is not None and recipe.chat_template != "base":
+        template = keys.index(named.key)
+    folders = [m.base.path if m.base is not None and key == keys[0] else m.path for key, m in models.items()]
+    return collect(
+        folders, keys, facts, 0, keys.index(vocabulary.tokenizer) if vocabulary.tokenizer else None,
+        vocabulary.added, template)
+
+
 # -- words --------------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +430,8 @@ def _warnings(plan: Plan) -> list[str]:
     found = []
     types = {s.dtype for t in plan.tensors if t.action == "merge" for s in t.inputs()}
     if len(types) > 1:
-        found.append(f"The inputs have different data types ({', '.join(sorted(types))}); arithmetic is in float64.")
+        exact = "float32" if types <= {"F16", "BF16"} else "float64"
+        found.append(f"The inputs have different data types ({', '.join(sorted(types))}); arithmetic is in {exact}.")
     digests: dict[str, str] = {}
     for key, model in plan.models.items():
         same = json.dumps(model.identity(), sort_keys=True)

@@ -62,7 +62,9 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
 class RecipeProblem(RecipeError):
     """A recipe error that knows its place, so that whoever has read the text can add line and column."""
 
-    def __init__(self, code: str, path: Path, message: str, why: str = "", fix: str = "") -> None:
+    def __init__(
+        self, path: Path, message: str, why: str = "", fix: str = "", code: str = "E_RECIPE_FIELD"
+    ) -> None:
         super().__init__(code, f"{path_text(path)}: {message}", why, fix)
         self.path, self.message = path, message
 
@@ -95,7 +97,7 @@ class ParameterField:
         except ValueError as error:
             reason = str(error)
         fix = "Write true or false." if self.kind == "switch" else ""
-        raise RecipeProblem("E_RECIPE_FIELD", path, f"{quoted(value)} is not a value for {self.name}.", reason, fix)
+        raise RecipeProblem(path, f"{quoted(value)} is not a value for {self.name}.", reason, fix)
 
 
 def number(text: str) -> float | str:
@@ -117,12 +119,17 @@ def fields_of(model: type[BaseModel]) -> dict[str, ParameterField]:
     result = {}
     for key, field in model.model_fields.items():
         name = field.alias or key
-        annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        annotation: Any = field.annotation
+        if field.metadata:
+            with_bounds = (annotation, *field.metadata)
+            annotation = Annotated[with_bounds]
         result[name] = ParameterField(
-            name, _kind(field.annotation), field.is_required(),
+            name,
+            _kind(field.annotation),
+            field.is_required(),
             None if field.is_required() else field.get_default(call_default_factory=True),
             TypeAdapter(annotation, config=strict),
-        )  # fmt: skip
+        )
     return result
 
 
@@ -131,41 +138,44 @@ def check_setting(field: ParameterField, value: Any, path: Path) -> Any:
     if not isinstance(value, list):
         if isinstance(value, Mapping):
             raise RecipeProblem(
-                "E_RECIPE_FIELD", path, "a mapping is not a value.", "", "Conditions go in a list: [{filter: mlp, value: 1}].")
+                path, "a mapping is not a value.", fix="Conditions go in a list: [{filter: mlp, value: 1}]."
+            )
         return field.scalar(value, path)
     if not value:
-        raise RecipeProblem("E_RECIPE_FIELD", path, "an empty list has no value.")
+        raise RecipeProblem(path, "an empty list has no value.")
     if not any(isinstance(item, Mapping) for item in value):
         return _gradient(field, value, path)
     if field.kind == "choice":
-        raise RecipeProblem("E_RECIPE_FIELD", path, f"{field.name} is one choice for the whole merge, not a list.")
+        raise RecipeProblem(path, f"{field.name} is one choice for the whole merge, not a list.")
     return [_condition(field, item, (*path, i)) for i, item in enumerate(value)]
 
 
 def _gradient(field: ParameterField, values: list[Any], path: Path) -> list[Any]:
     if field.kind != "number":
         raise RecipeProblem(
-            "E_RECIPE_FIELD", path, f"{field.name} cannot change with depth.", "Only numbers can be interpolated.")
+            path, f"{field.name} cannot change with depth.", "Only numbers can be interpolated."
+        )
     return [field.scalar(v, (*path, i)) for i, v in enumerate(values)]
 
 
 def _condition(field: ParameterField, item: Any, path: Path) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise RecipeProblem(
-            "E_RECIPE_FIELD", path, f"{quoted(item)} stands among conditions.", "A list holds numbers or conditions, not both.")
+            path, f"{quoted(item)} stands among conditions.", "A list holds numbers or conditions, not both."
+        )
     for key in item:
         if key not in ("filter", "value"):
             raise RecipeProblem(
-                "E_RECIPE_FIELD", (*path, key), "unknown field of a condition.", "", suggestion(key, ("filter", "value")))
+                (*path, key), "unknown field of a condition.", fix=suggestion(key, ("filter", "value"))
+            )
     if "value" not in item:
-        raise RecipeProblem("E_RECIPE_FIELD", path, "the condition has no value.")
+        raise RecipeProblem(path, "the condition has no value.")
     wanted = item.get("filter")
     if wanted is not None and not (isinstance(wanted, str) and 0 < len(wanted) <= 200):
-        raise RecipeProblem(
-            "E_RECIPE_FIELD", (*path, "filter"), f"{quoted(wanted)} is not a part of a tensor's name.")
+        raise RecipeProblem((*path, "filter"), f"{quoted(wanted)} is not a part of a tensor's name.")
     value = item["value"]
     if isinstance(value, list) and any(isinstance(v, Mapping | list) for v in value):
-        raise RecipeProblem("E_RECIPE_FIELD", (*path, "value"), "conditions cannot be nested.")
+        raise RecipeProblem((*path, "value"), "conditions cannot be nested.")
     checked = check_setting(field, value, (*path, "value"))
     return {"value": checked} if wanted in (None, "*") else {"filter": wanted, "value": checked}
 
@@ -177,8 +187,11 @@ def check_parameters(
     for name, value in parameters.items():
         if name not in known:
             raise RecipeProblem(
-                "E_RECIPE_FIELD", (*path, name), f'unknown parameter "{str(name)[:80]}".', elsewhere.get(name, ""),
-                suggestion(name, known))
+                (*path, name),
+                f'unknown parameter "{str(name)[:80]}".',
+                elsewhere.get(name, ""),
+                suggestion(name, known),
+            )
         parameters[name] = check_setting(known[name], value, (*path, name))
 
 
@@ -218,9 +231,12 @@ class Resolver:
     """
 
     def __init__(
-        self, shared: Mapping[str, ParameterField], per_expert: Mapping[str, ParameterField],
-        level: Callable[[int | None], Level], filters: Iterable[str],
-    ) -> None:  # fmt: skip
+        self,
+        shared: Mapping[str, ParameterField],
+        per_expert: Mapping[str, ParameterField],
+        level: Callable[[int | None], Level],
+        filters: Iterable[str],
+    ) -> None:
         self._shared, self._per_expert, self._level = shared, per_expert, level
         self._filters = tuple(sorted(set(filters)))
         self._cache: dict[Any, Resolved] = {}
@@ -229,7 +245,11 @@ class Resolver:
         return tuple([f in name for f in self._filters])
 
     def __call__(
-        self, tensor: str, t: float | None = None, slice_index: int | None = None, inputs: Sequence[str] | None = None
+        self,
+        tensor: str,
+        t: float | None = None,
+        slice_index: int | None = None,
+        inputs: Sequence[str] | None = None,
     ) -> Resolved:
         """Parameters of the output tensor ``tensor`` at layer fraction ``t`` (None, outside of blocks: 0).
 
@@ -238,10 +258,11 @@ class Resolver:
         """
         if not self._filters:
             key: Any = (slice_index, t)
-        elif inputs is None:
+        elif inputs is None or all(name == tensor for name in inputs):
             key = (slice_index, t, self._matches(tensor))
         else:
-            key = (slice_index, t, self._matches(tensor), tuple(map(self._matches, inputs)))
+            known = {name: self._matches(name) for name in {tensor, *inputs}}
+            key = (slice_index, t, known[tensor], tuple([known[name] for name in inputs]))
         found = self._cache.get(key)
         if found is None:
             found = self._cache[key] = self._find(tensor, t or 0.0, self._level(slice_index), inputs)
@@ -271,27 +292,27 @@ class Resolver:
                 if condition.get("filter", "") in tensor:
                     return at_depth(condition["value"], t)
         if field.required:
-            raise missing_parameter(field.name, label, tensor)
+            raise missing_parameter(field.name, label, tensor=tensor)
         return field.default
 
 
-def missing_parameter(name: str, label: str, tensor: str = "") -> RecipeError:
+def missing_parameter(name: str, label: str, path: Path = ("parameters",), tensor: str = "") -> RecipeProblem:
     """The error for a parameter without a value, for one expert and perhaps only some tensors."""
     whom = f" of {quoted(label)}" if label else ""
-    if not tensor:
-        return RecipeError(
-            "E_RECIPE_FIELD", f'The parameter "{name}"{whom} has no value.', "The method has no default for it.",
-            f"Add {name} under the parameters{' of that expert, or under those of the recipe' if label else ''}.")
-    return RecipeError(
-        "E_RECIPE_FIELD", f'The parameter "{name}"{whom} has no value for the tensor {tensor}.',
-        "None of its conditions matches the name, and the method has no default.",
-        "Add a last condition without a filter: {value: ...}.")
+    if tensor:
+        why = "None of its conditions matches the name, and the method has no default."
+        fix = "Add a last condition without a filter: {value: ...}."
+        return RecipeProblem(path, f"{name}{whom} has no value for the tensor {tensor}.", why, fix)
+    fix = f"Add {name} {'there, or under parameters of the recipe' if label else 'under parameters'}."
+    return RecipeProblem(path, f"{name}{whom} has no value.", "The method has no default for it.", fix)
 
 
 def filters_in(parameters: Mapping[str, Any]) -> list[str]:
     """All filter texts in one level's settings."""
     return [
         item["filter"]
-        for setting in parameters.values() if isinstance(setting, list)
-        for item in setting if isinstance(item, Mapping) and "filter" in item
-    ]  # fmt: skip
+        for setting in parameters.values()
+        if isinstance(setting, list)
+        for item in setting
+        if isinstance(item, Mapping) and "filter" in item
+    ]

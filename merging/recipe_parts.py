@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     field_validator,
     model_serializer,
     model_validator,
@@ -26,7 +28,7 @@ class Part(BaseModel):
 
 
 def check_reference(text: str) -> str:
-    """``text`` if it can be a path or repository name; ValueError otherwise. Whether it exists is not asked."""
+    """``text`` if it can be a path or repository name, existing or not; ValueError otherwise."""
     if not text.strip() or text != text.strip() or len(text) > 1024 or not text.isprintable():
         raise ValueError("a model is a local path or org/name[@revision]: one line, without spaces around it")
     return text
@@ -77,7 +79,9 @@ class Expert(Model):
         if name is not None:
             check_reference(name)
             if name in RESERVED or len(name) > 64:
-                raise ValueError(f"a name has at most 64 characters and is none of {', '.join(sorted(RESERVED))}")
+                raise ValueError(
+                    f"a name has at most 64 characters and is none of {', '.join(sorted(RESERVED))}"
+                )
         return name
 
     @property
@@ -124,35 +128,51 @@ class Include(Part):
     biases: bool | None = None
 
 
-class TokenSource(ShortForm):
-    """The embedding row of a token: ``zero``, or the row that a model has for it (or for another token)."""
+class TokenSource(Part):
+    """The embedding row of a token in one model, by the token's text or its number."""
 
+    model: str
     token: str | None = None
-    token_id: int | None = Field(None, ge=0)
+    token_id: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenSource:
-        if self.token is not None and self.token_id is not None:
+        if (self.token is None) == (self.token_id is None):
             raise ValueError("give either token or token_id")
         return self
+
+
+def _name_or_token(data: Any) -> str:
+    return "name" if isinstance(data, str) else "token"
 
 
 class TokenRule(Part):
     """Where the embedding row of one token comes from."""
 
-    source: TokenSource | None = None
-    """None: the base's row, else the only one that there is, else the mean of those that there are."""
+    source: (
+        Annotated[
+            Annotated[str, Tag("name")] | Annotated[TokenSource, Tag("token")], Discriminator(_name_or_token)
+        ]
+        | None
+    ) = None
+    """``zero``, a model, or a token of a model. None: the base's row, else the mean of the rows there are."""
     force: bool = False
     """Use this row for every model, also for those that have the token themselves."""
+
+    @model_validator(mode="after")
+    def _force_what(self) -> TokenRule:
+        if self.force and self.source is None:
+            raise ValueError("force needs a source")
+        return self
 
 
 class Tokenizer(Part):
     """Whose vocabulary the result has. ``auto``: the base's (first expert's), which the others must share."""
 
     source: str = "auto"
-    """``auto``, ``base``, ``union``, an expert's name, or a model reference."""
+    """``auto``, ``base``, ``union``, or one of the models (an expert's name, or a reference)."""
     tokens: dict[str, TokenRule] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(None, ge=1, le=1 << 20)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1, le=1 << 20)
 
 
 class Policies(Part):

@@ -4,7 +4,8 @@ YAML as commonly read is full of traps: ``no`` is false, ``1:30`` is 90, ``1e-3`
 twice, tags run code, and nine lines of aliases unfold to a billion items. So only YAML's *syntax* is used
 here (PyYAML's events); what the text means is decided below, in few rules:
 
-* ``true``, ``false``, ``null`` (and ``~`` and nothing) and decimal numbers are themselves; every other plain word is text;
+* ``true``, ``false``, ``null`` (and ``~`` and nothing) and decimal numbers are themselves; every other
+  plain word is text;
 * keys are text, and none may stand twice; there are no tags, no merge keys and only one document;
 * size, depth, aliases and the number of items after unfolding aliases are limited.
 
@@ -35,7 +36,9 @@ MAX_ITEMS = 20_000
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 PLAIN = re.compile(r"[A-Za-z_./<|][A-Za-z0-9_./@+|<>-]*")
-NOT_PLAIN = re.compile(r"(?i)true|false|null|yes|no|on|off|y|n|~|\.inf|\.nan|[-+.0-9e_]+|<<|.*---.*|[<|]|[|].*")
+NOT_PLAIN = re.compile(
+    r"(?i)true|false|null|yes|no|on|off|y|n|~|\.inf|\.nan|[-+.0-9e_]+|<<|.*---.*|[<|]|[|].*"
+)
 """Words that some reader of YAML (1.1 or 1.2) may take for something other than text."""
 
 
@@ -77,7 +80,9 @@ def load_recipe(source: str | FilePath) -> LoadedRecipe:
 
     The dialect shows in the keys: ``merge_method`` is mergekit's. Errors: RecipeError, with line and column.
     """
-    is_text = isinstance(source, str) and ("\n" in source or re.match(r"\s*(\{|[\w\"']+\s*:(\s|$))", source))
+    is_text = isinstance(source, str) and (
+        "\n" in source or re.match(r"\s*([\[{]|[\w\"']+\s*:(\s|$))", source)
+    )
     if is_text:
         document = read_yaml(str(source))
     else:
@@ -89,10 +94,9 @@ def load_recipe(source: str | FilePath) -> LoadedRecipe:
         return from_mergekit(document)
     try:
         if isinstance(document.data, dict) and not keys & {"method", "amalgam", "experts"}:
-            raise RecipeProblem(
-                "E_RECIPE_FIELD", (), "it names no method.", "",
-                "A recipe has method: (this program's form) or merge_method: (mergekit's). "
-                + suggestion(next(iter(keys), ""), ("method", "merge_method")))
+            hints = [suggestion(key, ("method", "merge_method")) for key in document.data] or [""]
+            fix = max(hints, key=lambda hint: hint.startswith("Did you mean"))
+            raise RecipeProblem((), "it names no method: or merge_method: (mergekit's).", fix=fix)
         return LoadedRecipe(Recipe.parse(document.data), "amalgam")
     except RecipeProblem as problem:
         raise document.locate(problem) from None
@@ -100,7 +104,7 @@ def load_recipe(source: str | FilePath) -> LoadedRecipe:
 
 def _read_file(path: FilePath) -> str:
     def refuse(why: str, fix: str = "") -> RecipeError:
-        return RecipeError("E_RECIPE_READ", f"The recipe {path} cannot be read.", why, fix)
+        return RecipeError("E_RECIPE_READ", f"The recipe {str(path)[:200]} cannot be read.", why, fix)
 
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -114,7 +118,9 @@ def _read_file(path: FilePath) -> str:
     except (OSError, ValueError) as error:
         raise refuse(f"{getattr(error, 'strerror', None) or error}.") from None
     if len(raw) > MAX_BYTES:
-        raise refuse(f"It is larger than {MAX_BYTES // 1024} kB.", "A recipe is a short text. Is this the right file?")
+        raise refuse(
+            f"It is larger than {MAX_BYTES // 1024} kB.", "A recipe is a short text. Is this the right file?"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,17 +157,27 @@ class _Reader:
     def _error(self, mark: Any, what: str, fix: str = "") -> RecipeError:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         prefix = f"{self.document.name}, " if self.document.name and where else ""
-        return RecipeError("E_RECIPE_READ", f"{prefix}{where}{what}", "The text is not a recipe in YAML.", fix)
+        return RecipeError(
+            "E_RECIPE_READ", f"{prefix}{where}{what}", "The text is not a recipe in YAML.", fix
+        )
+
+    def _text(self, event: Any) -> str:
+        """A scalar's text. Half of a surrogate pair is no character (some parsers let it pass)."""
+        if any("\ud800" <= c <= "\udfff" for c in event.value):
+            raise self._error(event.start_mark, "it holds half a character (a lone surrogate).")
+        return event.value
 
     def _build(self, events: Any) -> None:
-        stack: list[list[Any]] = []  # [container, path, pending key or None, anchor, items before, keys seen]
+        stack: list[list[Any]] = []  # [container, path, pending key or None, anchor, items before]
         documents = 0
         for event in events:
             mark = event.start_mark
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise self._error(mark, "a second document starts here.", "Put each recipe in a file of its own.")
+                    raise self._error(
+                        mark, "a second document starts here.", "Put each recipe in a file of its own."
+                    )
             elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
                 container, _, _, anchor, before = stack.pop()
                 if anchor:
@@ -169,7 +185,8 @@ class _Reader:
             elif isinstance(event, yaml.NodeEvent):
                 if stack and isinstance(stack[-1][0], dict) and stack[-1][2] is None:
                     stack[-1][2] = self._key(event, stack[-1][0])
-                    self.document.positions[(*stack[-1][1], stack[-1][2])] = (mark.line + 1, mark.column + 1)
+                    key_path = (*stack[-1][1], stack[-1][2])
+                    self.document.positions[key_path] = (mark.line + 1, mark.column + 1)
                     continue
                 path = self._path(stack)
                 before = self.items
@@ -208,8 +225,10 @@ class _Reader:
         if event.value == "<<" and event.implicit[0]:
             raise self._error(event.start_mark, "merge keys (<<) are not supported.", "Write the fields out.")
         if event.value in mapping:
-            raise self._error(event.start_mark, f"the key {ascii(event.value[:80])} stands twice.", "Keep one of them.")
-        return event.value
+            raise self._error(
+                event.start_mark, f"the key {ascii(event.value[:80])} stands twice.", "Keep one of them."
+            )
+        return self._text(event)
 
     def _count(self, event: Any, items: int) -> None:
         self.items += items
@@ -221,10 +240,11 @@ class _Reader:
             self.aliases += 1
             if self.aliases > MAX_ALIASES:
                 raise self._error(event.start_mark, f"it has more than {MAX_ALIASES} aliases.")
-            found = self.anchors.get(event.anchor)
+            name = str(event.anchor)
+            found = self.anchors.get(name)
             if found is None:
-                reason = "stands inside of what it names" if event.anchor in self.anchors else "names nothing above"
-                raise self._error(event.start_mark, f"the alias *{event.anchor[:80]} {reason}.")
+                reason = "stands inside of what it names" if name in self.anchors else "names nothing above"
+                raise self._error(event.start_mark, f"the alias *{name[:80]} {reason}.")
             self._count(event, found[1])
             return found[0]
         self._count(event, 1)
@@ -234,7 +254,8 @@ class _Reader:
             return {}
         if isinstance(event, yaml.SequenceStartEvent):
             return []
-        return scalar(event.value) if event.implicit[0] else event.value
+        text = self._text(event)
+        return scalar(text) if event.implicit[0] else text
 
 
 def scalar(text: str) -> Any:
@@ -291,10 +312,14 @@ def _is_inline(value: Any, block_text: bool = True) -> bool:
         return all(not isinstance(v, dict | list) for v in value)
     # long texts in literal style, if every character may stand there as it is
     return not (
-        block_text and isinstance(value, str) and "\n" in value.strip("\n") and not value.endswith("\n\n")
-        and not value.startswith((" ", "\n")) and all(c == "\n" or " " <= c <= "~" or "\xa1" <= c <= "\u1fff" for c in value)
+        block_text
+        and isinstance(value, str)
+        and "\n" in value.strip("\n")
+        and not value.endswith("\n\n")
+        and not value.startswith((" ", "\n"))
+        and all(c == "\n" or " " <= c <= "~" or "\xa1" <= c <= "\u1fff" for c in value)
         and all(line.strip(" ") or not line for line in value.split("\n"))
-    )  # fmt: skip
+    )
 
 
 def _inline(value: Any) -> str:
@@ -316,7 +341,7 @@ def _text(text: str) -> str:
         return text
     # JSON's strings are YAML's, but for characters beyond 16 bits and some that YAML does not allow raw
     escaped = json.dumps(text, ensure_ascii=False)
-    return re.sub("[^\n -~\xa1-\ud7ff\ue000-\ufefe\uff00-\ufffd]", _escape, escaped)
+    return re.sub("[^\n -~\xa1-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd]", _escape, escaped)
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -75,10 +75,10 @@ class Settings:
 
 
 def draw_held_out(settings: Settings) -> dict[str, dict[str, list[Example]]]:
-    """Per skill: disjoint test, validation and calibration examples. Independent of the training seeds."""
+    """Per skill: disjoint test, validation and calibration examples. The same ones whatever the seed."""
     held_out = {}
     for skill in SKILLS:
-        stream = distinct_examples(skill, random.Random(f"held out {settings.seed} {skill}"), set())
+        stream = distinct_examples(skill, random.Random(f"held out {skill}"), set())
         held_out[skill] = {
             "test": list(islice(stream, settings.test_items)),
             "validation": list(islice(stream, settings.validation_items)),

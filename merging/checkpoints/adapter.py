@@ -36,7 +36,7 @@ from merging.checkpoints.checkpoint import (
     open_weights,
     renamed,
 )
-from merging.checkpoints.files import read_whole
+from merging.checkpoints.files import read_whole, shown
 from merging.checkpoints.layout import head_and_embedding, is_tied
 from merging.checkpoints.low_rank import FLOATS, LowRankSource, same_bytes
 from merging.checkpoints.strict_json import parse_json
@@ -93,7 +93,7 @@ def open_adapter(folder: Path, names: Collection[str], reference: str, base: Che
     Raises as ``open_checkpoint`` does.
     """
     raw = read_whole(folder / ADAPTER_CONFIG, LARGEST_CONFIG, "E_JSON")
-    config = parse_json(raw, str(folder / ADAPTER_CONFIG))
+    config = parse_json(raw, shown(folder / ADAPTER_CONFIG))
     settings = _settings(folder, config)
     _check_files(folder, names)
     if base is None or base.kind == "adapter":
@@ -147,7 +147,7 @@ def _check_files(folder: Path, names: Collection[str]) -> None:
     if WEIGHTS in names or INDEX in names:
         raise InputError(
             "E_AMBIGUOUS",
-            f"{folder} holds an adapter and a full model.",
+            f"{shown(folder)} holds an adapter and a full model.",
             "Which of the two is meant cannot be known.",
             "Put the adapter into a folder of its own.",
         )
@@ -155,7 +155,7 @@ def _check_files(folder: Path, names: Collection[str]) -> None:
         if "adapter_model.bin" in names:
             raise InputError(
                 "E_NOT_SAFETENSORS",
-                f"{folder} has the adapter only as a Python pickle (adapter_model.bin).",
+                f"{shown(folder)} has the adapter only as a Python pickle (adapter_model.bin).",
                 "Pickles can run code when they are opened, so they never are.",
                 "Load it with PEFT where you trust it, and save it again (safetensors is the default).",
             )
@@ -214,10 +214,12 @@ def _combine(
     fresh = {head} if tied and head else set()
     places = _places(folder, targets, base.tensors, fresh) | _places(folder, [*below], base.tensors, fresh)
     ground: dict[str, Source] = dict(base.tensors)
+    if tied and head and embedding:
+        ground[head] = ground[embedding]  # for now; it goes again if nothing parts the two
     for key, source in below.items():
         ground[places[key]] = _fit(folder, source, places[key], ground, {head, embedding})
-    if tied and head and embedding:
-        ground[head] = renamed(ground[embedding], head)  # for now; it goes again if nothing parts the two
+    if tied and head and embedding and head not in {places[key] for key in below}:
+        ground[head] = renamed(ground[embedding], head)
     touched: dict[str, Source] = {}
     for key, source in replaced.items():
         touched[places[key]] = _fit(folder, source, places[key], ground, {head, embedding})
@@ -255,8 +257,8 @@ def _places(
             "Check that the base is the model that the adapter was trained on.",
         )
     places = {key: key if key in known or key in extra else shift(key) for key in keys}
-    if len(set(places.values())) < len(places):
-        names = sorted(places.values())
+    names = sorted(places[key] for key in keys)
+    if len(set(names)) < len(names):
         twice = next(name for name, following in zip(names, names[1:], strict=False) if name == following)
         _refuse(folder, f"Two keys change {twice!a:.200}.")
     return places
@@ -396,4 +398,4 @@ def _untied(config: dict[str, Any] | None) -> dict[str, Any]:
 def _refuse(
     folder: Path, why: str, fix: str = "Merge it into its base with PEFT, and use the result."
 ) -> NoReturn:
-    raise InputError("E_ADAPTER", f"The adapter {folder} cannot be used.", why, fix) from None
+    raise InputError("E_ADAPTER", f"The adapter {shown(folder)} cannot be used.", why, fix) from None

@@ -19,7 +19,9 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from merging.checkpoints.header import ITEM_BITS, Header, item_size
+from merging.checkpoints.files import open_error, shown
+from merging.checkpoints.header import ITEM_BITS, Header, collector_paused, item_size
+from merging.checkpoints.quantized import refuse_quantized, refuse_quantized_config
 from merging.checkpoints.strict_json import read_json
 from merging.checkpoints.weight_file import WeightFile
 from merging.errors import InputError
@@ -32,12 +34,6 @@ LARGEST_CONFIG, LARGEST_INDEX = 8_000_000, 64_000_000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)")
-_QUANTIZED_NAMES = (
-    ".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".nested_absmax",
-    ".weight_scale_inv", ".weight_scale", ".weight_packed", "_scale_inv",
-)  # fmt: skip
-_QUANTIZED_PART = re.compile(r"\.quant_state\.|\.SCB$")
-_STRANGE_TYPES = {dtype for dtype in ITEM_BITS if dtype.startswith(("F8", "F6", "F4"))}
 
 
 class Source(Protocol):
@@ -199,24 +195,22 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, reference: str = "", base: Checkpoint | None = None) -> Checkpoint:
-    """Open a model folder, a ``.safetensors`` file, or an adapter folder (``base`` is the model it belongs
-    to).
+    """Open a model folder, a ``.safetensors`` file, or an adapter folder; ``base`` is the model it changes.
 
     Raises InputError: E_NOT_FOUND, E_NOT_A_MODEL, E_NOT_SAFETENSORS, E_AMBIGUOUS, E_INDEX, E_PATH, E_JSON,
     E_QUANTIZED, E_ADAPTER, E_HEADER_*, E_READ, E_INPUT_CHANGED.
     """
-    path, reference = Path(path), reference or str(path)
+    with collector_paused():
+        return _open(Path(path), reference or str(path), base)
+
+
+def _open(path: Path, reference: str, base: Checkpoint | None) -> Checkpoint:
     try:
-        is_folder, exists = path.is_dir(), os.path.lexists(path)
+        os.lstat(path)
+        is_folder = path.is_dir()
         names = set(os.listdir(path)) if is_folder else set()
     except (OSError, ValueError) as error:
-        raise InputError(
-            "E_READ", f"{str(path)[:200]!r} cannot be read.", str(error), "Check the path."
-        ) from None
-    if not exists:
-        raise InputError(
-            "E_NOT_FOUND", f"{path} does not exist.", "", "Check the path, or give a Hub name: org/name."
-        )
+        raise open_error(path, error) from None
     if is_folder and ADAPTER_CONFIG in names:
         from merging.checkpoints.adapter import open_adapter
 
@@ -242,15 +236,10 @@ def read_config(folder: Path, names: set[str]) -> dict[str, Any] | None:
         return None
     config = read_json(folder / "config.json", LARGEST_CONFIG)
     if type(config) is not dict:
-        raise InputError("E_JSON", f"{folder / 'config.json'} is not an object.", "", "Restore the file.")
+        raise InputError(
+            "E_JSON", f"{shown(folder / 'config.json')} is not an object.", "", "Restore the file."
+        )
     return config
-
-
-def refuse_quantized_config(config: dict[str, Any] | None, path: Path) -> None:
-    """InputError E_QUANTIZED if the configuration says that the weights are quantised."""
-    parts = [config or {}, *(part for part in (config or {}).values() if type(part) is dict)]
-    if any(part.get("quantization_config") for part in parts):
-        _quantized(path, "config.json has a quantization_config")
 
 
 def _shards(folder: Path, names: set[str]) -> dict[str, set[str] | None]:
@@ -261,27 +250,27 @@ def _shards(folder: Path, names: set[str]) -> dict[str, set[str] | None]:
     if WEIGHTS in names:
         leftover = [name for name in weights if _NUMBERED.fullmatch(name)]
         if leftover:
-            _ambiguous(folder, f"It has {WEIGHTS} and also {leftover[0]}.")
+            _ambiguous(folder, f"It has {WEIGHTS} and also {shown(leftover[0])}.")
         return {WEIGHTS: None}
     if any(_NUMBERED.fullmatch(name) for name in weights):
         raise InputError(
             "E_INDEX",
-            f"{folder} has shards but no {INDEX}.",
+            f"{shown(folder)} has shards but no {INDEX}.",
             "",
             "Download the index, or give one file by its path.",
         )
     if weights:
         raise InputError(
             "E_NOT_A_MODEL",
-            f"{folder} has no {WEIGHTS}.",
-            f"It has {', '.join(weights[:5])}.",
-            f"Give the path of the file, for example {folder / weights[0]}.",
+            f"{shown(folder)} has no {WEIGHTS}.",
+            f"It has {shown(', '.join(weights[:5]))}.",
+            f"Give the path of the file, for example {shown(folder / weights[0])}.",
         )
     if any(_PICKLES.fullmatch(name) for name in names):
         _pickles_only(folder)
     raise InputError(
         "E_NOT_A_MODEL",
-        f"{folder} holds no weights.",
+        f"{shown(folder)} holds no weights.",
         f"There is neither {WEIGHTS} nor {INDEX}.",
         "Check the path.",
     )
@@ -293,19 +282,21 @@ def _read_index(folder: Path, names: set[str], weights: list[str]) -> dict[str, 
     table = index.get("weight_map") if type(index) is dict else None
     if type(table) is not dict or not table or not all(type(file) is str for file in table.values()):
         raise InputError(
-            "E_INDEX", f"{where} has no weight_map from tensor to file.", "", "Restore the index."
+            "E_INDEX", f"{shown(where)} has no weight_map from tensor to file.", "", "Restore the index."
         )
     shards: dict[str, set[str] | None] = {}
     for file in sorted(set(table.values())):
         if not _SHARD_NAME.fullmatch(file) or len(file) > 255:
             raise InputError(
                 "E_PATH",
-                f"{where} names the file {file[:200]!r}.",
+                f"{shown(where)} names the file {file!a:.200}.",
                 "A shard is a plain .safetensors name without folders (letters, digits and . _ -).",
                 "Do not use this model unless you know where it comes from.",
             )
         if file not in names:
-            raise InputError("E_INDEX", f"{folder / file} is missing.", f"{INDEX} needs it.", "Download it.")
+            raise InputError(
+                "E_INDEX", f"{shown(folder / file)} is missing.", f"{INDEX} needs it.", "Download it."
+            )
         shards[file] = set()
     for tensor, file in table.items():
         shards[file].add(tensor)  # type: ignore[union-attr]
@@ -314,7 +305,8 @@ def _read_index(folder: Path, names: set[str], weights: list[str]) -> dict[str, 
         match = _NUMBERED.fullmatch(file)
         if file not in shards and (file == WEIGHTS or (match and match[1] in families)):
             _ambiguous(
-                folder, f"{file} is not named by {INDEX}: one of the two is left over from another model."
+                folder,
+                f"{shown(file)} is not named by {INDEX}: one of the two is left over from another model.",
             )
     return shards
 
@@ -349,41 +341,23 @@ def _index_differs(
 ) -> NoReturn:
     extra, missing = sorted(header.tensors.keys() - expected), sorted(expected - header.tensors.keys())
     if extra and extra[0] in places:
-        why = f"The tensor {extra[0]!r} is in {name} and in {places[extra[0]]}."
+        why = f"The tensor {extra[0]!a} is in {name} and in {places[extra[0]]}."
     elif extra:
-        why = f"The tensor {extra[0]!r} is in {name}, where the index does not put it."
+        why = f"The tensor {extra[0]!a} is in {name}, where the index does not put it."
     else:
-        why = f"The tensor {missing[0]!r} is not in {name}, where the index puts it."
+        why = f"The tensor {missing[0]!a} is not in {name}, where the index puts it."
     raise InputError(
         "E_INDEX",
-        f"{folder / INDEX} contradicts the shards.",
+        f"{shown(folder / INDEX)} contradicts the shards.",
         why,
         "Download the index and the shards again.",
-    )
-
-
-def refuse_quantized(file: WeightFile) -> None:
-    """InputError E_QUANTIZED if names or data types of the tensors show packed or scaled weights."""
-    for entry in file.header.tensors.values():
-        if entry.dtype in _STRANGE_TYPES:
-            _quantized(file.path, f"{entry.name} is stored as {entry.dtype}")
-        if entry.name.endswith(_QUANTIZED_NAMES) or _QUANTIZED_PART.search(entry.name):
-            _quantized(file.path, f"it has the tensor {entry.name}")
-
-
-def _quantized(path: Path, why: str) -> NoReturn:
-    raise InputError(
-        "E_QUANTIZED",
-        f"{path} is quantised.",
-        f"Packed or scaled numbers cannot be averaged: {why}.",
-        "Merge the original 16- or 32-bit checkpoints and quantise the result.",
     )
 
 
 def _pickles_only(path: Path) -> NoReturn:
     raise InputError(
         "E_NOT_SAFETENSORS",
-        f"{path} has weights only as Python pickles (.bin, .pt, .ckpt).",
+        f"{shown(path)} has weights only as Python pickles (.bin, .pt, .ckpt).",
         "Pickles can run code when they are opened, so they never are.",
         "Look for a safetensors version (on the Hub often revision refs/pr/1), or convert it yourself.",
     )
@@ -392,7 +366,7 @@ def _pickles_only(path: Path) -> NoReturn:
 def _ambiguous(folder: Path, why: str) -> NoReturn:
     raise InputError(
         "E_AMBIGUOUS",
-        f"{folder} holds several sets of weights.",
+        f"{shown(folder)} holds several sets of weights.",
         why,
         "Move the files that do not belong there away.",
     )

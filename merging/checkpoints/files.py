@@ -46,7 +46,7 @@ def open_plain(path: str | Path) -> int:
             raise _not_plain(path)
         descriptor = os.open(target, FLAGS)
     except (OSError, ValueError) as error:
-        raise _open_error(path, error) from None
+        raise open_error(path, error) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _not_plain(path)
@@ -80,10 +80,16 @@ def _cache_target(link: str) -> str:
             return target
     raise InputError(
         "E_PATH",
-        f"{link} is a link to {os.readlink(link)}.",
+        f"{shown(link)} is a link to {shown(os.readlink(link))}.",
         "A downloaded folder could point anywhere, so links are followed only inside a Hugging Face cache.",
         "Replace the link by the file, or give the path that it points to.",
     )
+
+
+def shown(path: str | Path) -> str:
+    """``path`` for a message: no control characters, no changes of direction, no longer than a line."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+    return text if len(text) <= 300 else f"{text[:200]}...{text[-80:]}"
 
 
 def read_at(descriptor: int, offset: int, out: memoryview, where: str) -> None:
@@ -98,7 +104,10 @@ def read_at(descriptor: int, offset: int, out: memoryview, where: str) -> None:
             count = _read_into(descriptor, out[done : done + LARGEST_READ], offset + done)
         except OSError as error:
             raise InputError(
-                "E_READ", f"{where} cannot be read at byte {offset + done:,}.", str(error), "Check the disk."
+                "E_READ",
+                f"{where} cannot be read at byte {offset + done:,}.",
+                error.strerror or "",
+                "Check the disk.",
             ) from None
         if count == 0:
             raise InputError(
@@ -131,12 +140,12 @@ def read_whole(path: str | Path, limit: int, code: str = "E_READ") -> bytes:
         if size > limit:
             raise InputError(
                 code,
-                f"{path} has {size:,} bytes.",
+                f"{shown(path)} has {size:,} bytes.",
                 f"At most {limit:,} are read from a file of this kind.",
                 "Check that this is the right file.",
             )
         data = bytearray(size)
-        read_at(descriptor, 0, memoryview(data), str(path))
+        read_at(descriptor, 0, memoryview(data), shown(path))
         return bytes(data)
     finally:
         os.close(descriptor)
@@ -145,19 +154,43 @@ def read_whole(path: str | Path, limit: int, code: str = "E_READ") -> bytes:
 def _not_plain(path: str | Path) -> InputError:
     return InputError(
         "E_PATH",
-        f"{path} is not a plain file.",
+        f"{shown(path)} is not a plain file.",
         "It is a folder, a pipe, a device or a socket.",
         "Replace it.",
     )
 
 
-def _open_error(path: str | Path, error: OSError | ValueError) -> InputError:
-    number = getattr(error, "errno", None)
+_PICKLE = ("a Python pickle", "Pickles can run code and are never opened. Use the safetensors version.")
+_KINDS: tuple[tuple[bytes, tuple[str, str]], ...] = (
+    (
+        b"version https://git-lfs",
+        ("a Git-LFS pointer, not the weights", "Fetch the real file: git lfs pull."),
+    ),
+    (b"PK\x03\x04", ("a zip archive (a PyTorch .bin file, perhaps)", "Use the safetensors version.")),
+    (b"PK\x05\x06", ("an empty zip archive", "Download the file again.")),
+    *((bytes([0x80, protocol]), _PICKLE) for protocol in (2, 3, 4, 5)),
+    (b"GGUF", ("a GGUF file", "Merge the original safetensors checkpoint and convert the result.")),
+    (b"\x89HDF", ("an HDF5 file", "Use the safetensors version of this model.")),
+    (b"\x1f\x8b", ("a gzip archive", "Unpack it first.")),
+)
+_HTML = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype|html|head|body)", re.IGNORECASE | re.DOTALL)
+
+
+def recognise(first: bytes) -> tuple[str, str] | None:
+    """(what it is, what to do) for the first bytes of a file that is not safetensors; None if unknown."""
+    if _HTML.match(first):
+        return "an HTML page: a download was answered with a web page", "Download it again."
+    return next((known for magic, known in _KINDS if first.startswith(magic)), None)
+
+
+def open_error(path: str | Path, error: OSError | ValueError) -> InputError:
+    """What to tell the user when the system refuses to open ``path``."""
+    number = error.errno if isinstance(error, OSError) else None
+    why = f"{error.strerror if isinstance(error, OSError) else error}."
     if number in (errno.ENOENT, errno.ENOTDIR):
-        return InputError("E_NOT_FOUND", f"{path} does not exist.", "", "Check the path.")
+        return InputError("E_NOT_FOUND", f"{shown(path)} does not exist.", "", "Check the path.")
     if number in (errno.ELOOP, errno.ENAMETOOLONG, None):
-        why = str(error)
-        return InputError("E_PATH", f"{str(path)[:200]!r} cannot be opened.", why, "Check the path.")
+        return InputError("E_PATH", f"{shown(path)} cannot be opened.", why, "Check the path.")
     return InputError(
-        "E_READ", f"{path} cannot be opened.", str(error), "Check the permissions and the disk."
+        "E_READ", f"{shown(path)} cannot be opened.", why, "Check the permissions and the disk."
     )

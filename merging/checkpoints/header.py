@@ -21,11 +21,12 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from merging.checkpoints.files import read_at
+from merging.checkpoints.files import read_at, recognise
 from merging.checkpoints.strict_json import first_duplicate, structure
 from merging.errors import InputError
 
@@ -117,10 +118,17 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
 
     Raises InputError: E_HEADER_SIZE, E_HEADER_JSON, E_HEADER_TENSOR, E_HEADER_NAME, E_HEADER_LAYOUT.
     """
-    collecting = gc.isenabled()
-    gc.disable()  # or the collector would walk the growing table again and again: twice the time
-    try:
+    with collector_paused():
         return _parse_header(raw, file_size, where)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """While a large table grows, the garbage collector would walk it again and again: twice the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -136,10 +144,6 @@ def _parse_header(raw: bytes, file_size: int, where: str) -> Header:
         _refuse("E_HEADER_SIZE", where, "The file ends inside its header: it was cut off.")
     table, plain = _parse(raw, where)
     metadata = _metadata(table.pop("__metadata__", None), where)
-    if len(table) > MOST_TENSORS:
-        _refuse(
-            "E_HEADER_SIZE", where, f"It lists {len(table):,} tensors; at most {MOST_TENSORS:,} are read."
-        )
     _check_names(table, plain, where)
     entries = [_entry(name, fields, data_start, where) for name, fields in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.nbytes))
@@ -207,15 +211,13 @@ def _parse(raw: bytes, where: str) -> tuple[dict[str, Any], bool]:
     """The top-level object, and whether all text is printable ASCII (then names need no closer look)."""
     if raw[:1] != b"{" or raw.rstrip(b" ")[-1:] != b"}":
         _refuse("E_HEADER_JSON", where, "Its header does not start with { and end with } and spaces.")
-    deepest, values = structure(raw)
+    deepest, values, objects = structure(raw, 16 * MOST_TENSORS)
     if deepest > DEPTH:
         _refuse("E_HEADER_JSON", where, "Its header is nested too deeply.")
+    if objects > MOST_TENSORS + 2:  # one for the table, one for the metadata
+        _refuse("E_HEADER_SIZE", where, f"It lists {objects:,} tensors; at most {MOST_TENSORS:,} are read.")
     if values > 16 * MOST_TENSORS:
-        _refuse(
-            "E_HEADER_SIZE",
-            where,
-            f"Its header holds {values:,} values, more than {MOST_TENSORS:,} tensors need.",
-        )
+        _refuse("E_HEADER_SIZE", where, f"Its header holds {values:,} values, too many for its tensors.")
     try:
         table = json.loads(
             raw.decode("utf-8"),
@@ -345,53 +347,11 @@ def _show(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-_KINDS: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git-LFS pointer, not the weights", "Fetch the real file: git lfs pull."),
-    (
-        b"PK\x03\x04",
-        "a zip archive (a PyTorch .bin or .pt file, perhaps)",
-        "Convert it to safetensors first.",
-    ),
-    (b"PK\x05\x06", "an empty zip archive", "Download the file again."),
-    (
-        b"\x80\x02",
-        "a Python pickle",
-        "Pickles can run code and are never opened. Use the safetensors version.",
-    ),
-    (
-        b"\x80\x03",
-        "a Python pickle",
-        "Pickles can run code and are never opened. Use the safetensors version.",
-    ),
-    (
-        b"\x80\x04",
-        "a Python pickle",
-        "Pickles can run code and are never opened. Use the safetensors version.",
-    ),
-    (
-        b"\x80\x05",
-        "a Python pickle",
-        "Pickles can run code and are never opened. Use the safetensors version.",
-    ),
-    (b"GGUF", "a GGUF file", "Merge the original safetensors checkpoint and convert the result."),
-    (b"\x89HDF", "an HDF5 file", "Use the safetensors version of this model."),
-    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
-)
-_HTML = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype|html|head|body)", re.IGNORECASE | re.DOTALL)
-
-
 def _explain_start(first: bytes, size: int, length: int, where: str) -> NoReturn:
     """Say what a file is whose first 8 bytes cannot be the length of a header."""
-    for magic, kind, fix in _KINDS:
-        if first.startswith(magic):
-            raise InputError("E_NOT_SAFETENSORS", f"{where} is {kind}.", "", fix)
-    if _HTML.match(first):
-        raise InputError(
-            "E_NOT_SAFETENSORS",
-            f"{where} is an HTML page.",
-            "A download answered with a web page.",
-            "Download it again.",
-        )
+    known = recognise(first)
+    if known:
+        raise InputError("E_NOT_SAFETENSORS", f"{where} is {known[0]}.", "", known[1])
     if size == 0:
         _refuse("E_HEADER_SIZE", where, "The file is empty.")
     if size < 10:

@@ -30,6 +30,8 @@ KINDS = (
 # The list that holds the blocks is followed by their number: "model.layers.3.", "h.3.", "encoder.block.3.".
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|block|blocks|resblocks)\.(\d{1,6})(?=\.|$)")
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
 # Words of a name (the parts between dots, in lower case) and what they say, looked up from the right.
 _WORDS: dict[str, str] = {
     word: kind
@@ -69,19 +71,19 @@ _HEADS = ("lm_head", "embed_out", "output", "cls.predictions.decoder")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 
 
-@lru_cache(maxsize=1 << 18)
 def role(name: str, shape: tuple[int, ...]) -> Role:
     """Block number and kind of the tensor ``name`` with ``shape``.
 
     Never raises: what is unknown is "other".
     """
     match = _BLOCK.search(name)
-    return Role(
-        int(match[1]) if match else None, _kind(name.lower().split("."), len(shape), match is not None)
-    )
+    kind = _kind(_NUMBER.sub("", name), len(shape), match is not None)
+    return Role(int(match[1]) if match else None, kind)
 
 
-def _kind(parts: list[str], rank: int, in_block: bool) -> str:
+@lru_cache(maxsize=1 << 12)  # without its numbers, a name stands for all blocks and experts
+def _kind(name: str, rank: int, in_block: bool) -> str:
+    parts = name.lower().split(".")
     last = parts[-1]
     owner = parts[:-1] if last in ("weight", "bias", "gamma", "beta") and len(parts) > 1 else parts
     if rank <= 1 and any(_NORM.search(part) for part in owner):

@@ -98,17 +98,17 @@ def _malformed(content: dict[str, Any]) -> str | None:
     for name, entry in files.items():
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", "..", NAME):
             return f"It lists {name!r}, which is not the name of a file in this folder."
-        if not (
-            isinstance(entry, dict) and type(entry.get("size")) is int and _is_digest(entry.get("sha256"))
-        ):
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or not _digest_in(entry):
             return f"Size and SHA-256 of {name!r} are malformed."
     for name, entry in tensors.items():
-        if not (isinstance(entry, dict) and entry.get("file") in files and _is_digest(entry.get("sha256"))):
+        known = isinstance(entry, dict) and isinstance(entry.get("file"), str) and entry["file"] in files
+        if not known or not _digest_in(entry):
             return f"The entry of tensor {name!r} is malformed."
     return None
 
 
-def _is_digest(value: Any) -> bool:
+def _digest_in(entry: dict[str, Any]) -> bool:
+    value = entry.get("sha256")
     return isinstance(value, str) and len(value) == 64
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from merging.checkpoints.files import read_whole
+from merging.checkpoints.files import read_whole, shown
 from merging.errors import InputError
 
 DEPTH = 64
@@ -25,6 +25,8 @@ _REST = bytes(code for code in range(256) if code not in _STRUCTURE)
 _STEP = np.zeros(256, dtype=np.int8)
 _STEP[[ord("{"), ord("[")]] = 1
 _STEP[[ord("}"), ord("]")]] = -1
+_STARTS = np.zeros(256, dtype=bool)  # each of these may be followed by one more value
+_STARTS[[ord("{"), ord("["), ord(",")]] = True
 _CHUNK = 1 << 20
 
 
@@ -33,12 +35,12 @@ def read_json(path: str | Path, limit: int, depth: int = DEPTH, values: int = VA
 
     InputError E_JSON, E_NOT_FOUND, E_PATH, E_READ.
     """
-    return parse_json(read_whole(path, limit, "E_JSON"), str(path), depth, values)
+    return parse_json(read_whole(path, limit, "E_JSON"), shown(path), depth, values)
 
 
 def parse_json(raw: bytes, where: str, depth: int = DEPTH, values: int = VALUES) -> Any:
     """``raw`` (UTF-8, a byte order mark is refused) as Python values; InputError E_JSON names ``where``."""
-    deepest, count = structure(raw)
+    deepest, count, _ = structure(raw, values)
     if deepest > depth:
         _refuse(where, f"It is nested more than {depth} levels deep.")
     if count > values:
@@ -59,36 +61,36 @@ def parse_json(raw: bytes, where: str, depth: int = DEPTH, values: int = VALUES)
     return result
 
 
-def structure(raw: bytes) -> tuple[int, int]:
-    """(nesting depth, upper bound of the number of values) of JSON text, without parsing it.
+def structure(raw: bytes, most: int) -> tuple[int, int, int]:
+    """(nesting depth, upper bound of the number of values, number of objects) of JSON text, unparsed.
 
-    Right for valid JSON; for invalid JSON right up to the first error, which is as far as a parser goes.
+    Counting stops where there are more than ``most`` values. Right for valid JSON; for invalid JSON right up
+    to the first error, which is as far as a parser goes.
     """
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    raw = raw.translate(None, _REST)
-    if len(raw) <= 8:
-        return raw.count(b"{") + raw.count(b"["), len(raw)
-    level = deepest = count = 0
+    raw = raw.translate(None, _REST).replace(b'""', b"")  # most strings vanish; two quotes cancel out anyway
+    level = deepest = values = objects = 0
     inside = 0  # 1 within a string
     for start in range(0, len(raw), _CHUNK):
         codes = np.frombuffer(raw, dtype=np.uint8, count=min(_CHUNK, len(raw) - start), offset=start)
         quotes = (np.cumsum(codes == ord('"'), dtype=np.int32) + inside) & 1
-        steps = _STEP[codes]
-        steps[quotes == 1] = 0
-        levels = np.cumsum(steps, dtype=np.int32) + level
-        deepest = max(deepest, int(levels.max()))
-        count += int(np.count_nonzero((codes == ord(",")) & (quotes == 0))) + int(
-            np.count_nonzero(steps == 1)
-        )
-        inside, level = int(quotes[-1]), int(levels[-1])
-    return deepest, count + 1
+        inside = int(quotes[-1])
+        codes = codes[quotes == 0]
+        if len(codes):
+            levels = np.cumsum(_STEP[codes], dtype=np.int32) + level
+            deepest, level = max(deepest, int(levels.max())), int(levels[-1])
+            values += int(np.count_nonzero(_STARTS[codes]))
+            objects += int(np.count_nonzero(codes == ord("{")))
+        if values > most:
+            break
+    return deepest, values + 1, objects
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError(f"the key {first_duplicate(pairs)!r} appears twice in one object")
+        raise ValueError(f"the key {first_duplicate(pairs)!a} appears twice in one object")
     return result
 
 

@@ -4,8 +4,7 @@ An embedding is a table with one row per token number. Two models of one family 
 one fine-tune adds ``<|im_start|>``, another adds ``[PAD]`` at the same place. Averaging row 32,000 with row
 32,000 then mixes two unrelated words, and the merged model speaks fluent nonsense. So rows are matched by the
 *text* of their token: ``align`` says for each model which of its rows goes where, and what stands in where it
-has none; ``aligned`` reads the tensors that way. Tables are often longer than the vocabulary (152,064 rows for
-151,665 tokens); such padding rows are kept.
+has none. Tables are often longer than the vocabulary (152,064 rows, 151,665 tokens); padding rows are kept.
 
 Tokenizer files are read as data, with the numbering rule of the ``tokenizers`` library; nothing is executed.
 """
@@ -14,18 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from merging.checkpoints.checkpoint import RowsSource, Source
 from merging.checkpoints.files import read_whole
-from merging.checkpoints.header import item_size
 from merging.checkpoints.strict_json import parse_json, read_json
 from merging.errors import InputError, RecipeError
 
@@ -45,9 +43,7 @@ class Vocabulary:
     """Token text -> row number, as transformers numbers them. If not ``known``, there is only the digest."""
 
     tokens: dict[str, int]
-    added: dict[str, dict[str, bool]]  # tokens outside of the model's own list, with their FLAGS
-    model_size: int  # number of tokens in the model's own list
-    highest_added: int  # highest number of an added token, -1 without any
+    added: dict[str, dict[str, bool]]  # tokens that are matched before the text is cut up, with their FLAGS
     digest: str
     file: str
     known: bool = True
@@ -103,43 +99,43 @@ class Alignment:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary of a model folder; None if it has no tokenizer. InputError E_JSON, E_PATH, E_READ."""
-    settings: dict[str, Any] = {}
-    if os.path.lexists(folder / "tokenizer_config.json"):
-        settings = _object(
-            read_json(folder / "tokenizer_config.json", LARGEST_CONFIG), folder / "tokenizer_config.json"
-        )
-    opaque = [n for n in os.listdir(folder) if n.endswith(".tiktoken")] if folder.is_dir() else []
-    readers = dict.fromkeys((*_OPAQUE, *sorted(opaque)), _nothing)
+    """The vocabulary of a model folder; None if it has no tokenizer. InputError E_JSON, E_PATH, E_READ.
+
+    Added tokens are numbered on from the end in the order in which they are listed, as the ``tokenizers``
+    library does; it does not heed the numbers in the file.
+    """
+    settings = _read_object(folder / "tokenizer_config.json")
+    tiktoken = sorted(n for n in os.listdir(folder) if n.endswith(".tiktoken")) if folder.is_dir() else []
     readers = {
         "tokenizer.json": _tokenizer_json,
         "vocab.json": _vocab_json,
         "vocab.txt": _vocab_txt,
         "tokenizer.model": _sentencepiece,
-    } | readers
+        **dict.fromkeys((*_OPAQUE, *tiktoken), _unread),
+    }
     name = next((name for name in readers if os.path.lexists(folder / name)), None)
     if name is None:
         return None
     raw = read_whole(folder / name, LARGEST_TOKENIZER, "E_JSON")
     tokens, added = readers[name](raw, folder / name, settings)
+    own = len(added)
     added += _more_added(folder, settings)
     digest = sha256(raw + json.dumps([(text, number) for text, number, _ in added]).encode()).hexdigest()
     if tokens is None:
-        return Vocabulary({}, {}, 0, -1, digest, name, known=False)
-    size, highest, flags_of, renumbered = len(tokens), -1, dict[str, dict[str, bool]](), []
-    for text, stated, flags in added:
-        if text and text not in flags_of:
-            number = tokens.setdefault(text, next_number(size, highest))
-            highest = max(highest, number)
-            flags_of[text] = flags
-            if stated not in (number, -1):
-                renumbered.append(text)
-    return Vocabulary(tokens, flags_of, size, highest, digest, name, renumbered=tuple(renumbered))
-
-
-def next_number(model_size: int, highest_added: int) -> int:
-    """The number that the ``tokenizers`` library gives the next added token, whatever its file says."""
-    return max(highest_added + 1, model_size)
+        return Vocabulary({}, {}, digest, name, known=False)
+    flags_of: dict[str, dict[str, bool]] = {}
+    renumbered, number, highest = [], len(tokens), -1
+    for position, (text, stated, flags) in enumerate(added):
+        if position == own:  # transformers adds the rest when the tokenizer file has been loaded
+            number = max(number, highest + 1)
+        if not text or text in flags_of:
+            continue
+        if text not in tokens:
+            tokens[text], number = number, number + 1
+        highest, flags_of[text] = max(highest, tokens[text]), flags
+        if stated not in (tokens[text], _ANY):
+            renumbered.append(text)
+    return Vocabulary(tokens, flags_of, digest, name, renumbered=tuple(renumbered))
 
 
 def align(
@@ -167,7 +163,8 @@ def align(
     same = [vocabulary.same(everyone[first]) for vocabulary in everyone]
     if rules or not all(same):
         _require_known(everyone, first, names)
-    models = _Models(everyone, rows, names, first, same, union=source in ("auto", "union"))
+    models = _Models(everyone, rows, names, first, same, source in ("auto", "union"), [])
+    models.extra.extend(map(models.find_extra, range(len(rows))))
     ids, added = _output_tokens(models, rules)
 
     # Rows of tokens: found[k, t] is the row that model k has for token t.
@@ -177,7 +174,7 @@ def align(
         if same[k]:
             found[k, : len(vocabulary.tokens)] = numbers[: len(vocabulary.tokens)]
         else:
-            found[k] = np.fromiter((vocabulary.tokens.get(text, -1) for text in ids), np.int64, len(ids))
+            found[k] = np.fromiter(map(vocabulary.tokens.get, ids, repeat(-1)), np.int64, len(ids))
         found[k, found[k] >= rows[k]] = -1
     owned = int(numbers[(found >= 0).any(axis=0)].max(initial=-1))
     asked = max((ids[text] for text in (*rules, *(token.text for token in added))), default=-1)
@@ -225,15 +222,14 @@ class _Models:
     first: int  # the model that numbers the output
     same: list[bool]  # whose vocabulary equals that model's
     union: bool
+    extra: list[list[str]]  # per model: tokens with a row that the numbering model does not list
 
-    def extra(self, k: int) -> list[str]:
-        """Tokens with a row in model k that the numbering model does not list."""
+    def find_extra(self, k: int) -> list[str]:
         if self.same[k]:
             return []
-        mine, known = self.vocabularies[k].tokens, self.vocabularies[self.first].tokens
-        return sorted(
-            (t for t, row in mine.items() if row < self.rows[k] and t not in known), key=mine.__getitem__
-        )
+        mine = self.vocabularies[k].tokens
+        fresh = mine.keys() - self.vocabularies[self.first].tokens.keys()
+        return sorted((text for text in fresh if mine[text] < self.rows[k]), key=mine.__getitem__)
 
 
 def _assume(
@@ -272,20 +268,22 @@ def _assume(
                 )
             if vocabularies[like] and k != base:
                 notes.append(f"{names[k]} has no tokenizer; it is taken to use that of {names[like]}.")
-            vocabulary = vocabularies[like] or Vocabulary({}, {}, 0, -1, "", "", known=False)
+            vocabulary = vocabularies[like] or Vocabulary({}, {}, "", "", known=False)
         everyone.append(vocabulary)
     return first, everyone, notes
 
 
 def _require_known(everyone: Sequence[Vocabulary], first: int, names: Sequence[str]) -> None:
+    advice = (
+        "Open it once with transformers.AutoTokenizer and save it, which writes tokenizer.json; or copy the "
+    )
     for k, vocabulary in enumerate(everyone):
         if not vocabulary.known:
             _cannot(
                 f"The tokens of {names[k]} are not known, so its rows cannot be matched by token.",
-                f"Its tokenizer file is {vocabulary.file or 'missing'}. Only if the tokenizer files of all models "
-                "were equal could rows be merged by number.",
-                "Open it once with transformers.AutoTokenizer and save it, which writes tokenizer.json; or, if "
-                f"it is the tokenizer of {names[first]}, copy that model's tokenizer files.",
+                f"Its tokenizer file is {vocabulary.file or 'missing'}. Only if all models had the same "
+                "file could rows be merged by number.",
+                f"{advice}tokenizer files of {names[first]}, if they are the same tokenizer.",
             )
 
 
@@ -301,21 +299,20 @@ def _output_tokens(
 ) -> tuple[dict[str, int], list[AddedToken]]:
     """(token -> number in the output, tokens to append to the numbering model's tokenizer)"""
     reference = models.vocabularies[models.first]
-    ids, used, added = dict(reference.tokens), set(reference.tokens.values()), list[AddedToken]()
-    wanted = [(text, k) for k in range(len(models.rows)) if models.union for text in models.extra(k)]
+    ids, added = dict(reference.tokens), list[AddedToken]()
+    gaps = set(ids.values()) != set(range(len(ids)))
+    wanted = [(text, k) for k, texts in enumerate(models.extra) if models.union for text in texts]
     for text, k in (*wanted, *((text, models.first) for text in rules)):
         if text in ids:
             continue
-        number = next_number(reference.model_size, added[-1].id if added else reference.highest_added)
-        if number in used:
+        if gaps:
             _cannot(
                 f"{text!r} cannot be appended to the tokenizer of {models.names[models.first]}.",
-                f"Its numbers have gaps: the tokenizers library would give number {number}, which is taken.",
+                "Its token numbers have gaps, so a new token's number would depend on the library's version.",
                 "Set the tokenizer source to base: tokens that only other models have are then left out.",
             )
-        ids[text] = number
-        used.add(number)
-        added.append(AddedToken(text, number, models.vocabularies[k].added.get(text, _flags({}))))
+        ids[text] = len(ids)
+        added.append(AddedToken(text, ids[text], models.vocabularies[k].added.get(text, _flags())))
     return ids, added
 
 
@@ -341,15 +338,15 @@ def _token_notes(models: _Models, found: np.ndarray, numbers: np.ndarray) -> lis
     first = models.names[models.first]
     size = len(models.vocabularies[models.first].tokens)
     for k, (vocabulary, me) in enumerate(zip(models.vocabularies, models.names, strict=True)):
-        homeless = [text for text, row in vocabulary.tokens.items() if row >= models.rows[k]]
-        if homeless:
+        if max(vocabulary.tokens.values(), default=-1) >= models.rows[k]:
+            homeless = [text for text, row in vocabulary.tokens.items() if row >= models.rows[k]]
             notes.append(f"{me} lists {_some(homeless)} beyond its {models.rows[k]:,} embedding rows.")
         if vocabulary.renumbered:
             notes.append(
                 f"{vocabulary.file} of {me} states other numbers for {_some(vocabulary.renumbered)} than "
                 "transformers gives them; those of transformers are used."
             )
-        extra, common = models.extra(k), found[k, :size] >= 0
+        extra, common = models.extra[k], found[k, :size] >= 0
         if extra:
             fate = "they are appended with its rows" if models.union else "they are left out"
             notes.append(f"{me} has {_some(extra)} that {first} lacks; {fate}.")
@@ -359,7 +356,7 @@ def _token_notes(models: _Models, found: np.ndarray, numbers: np.ndarray) -> lis
                     f"{plain:,} of them are ordinary tokens; the tokenizer of {first} seldom makes them."
                 )
         if not models.same[k] and not common.all():
-            lacks = [text for text, row in zip(models.vocabularies[models.first].tokens, found[k]) if row < 0]  # noqa: B905
+            lacks = list(compress(models.vocabularies[models.first].tokens, ~common))
             notes.append(f"{me} lacks {_some(lacks)} of {first}; it takes others' rows for them.")
         moved = int((common & (found[k, :size] != numbers[:size])).sum())
         if moved:
@@ -400,119 +397,25 @@ def _cannot(what: str, why: str, fix: str) -> NoReturn:
     raise InputError("E_VOCABULARY", what, why, fix)
 
 
-# Tensors whose rows are rearranged.
-
-
-def aligned(sources: Sequence[Source], alignment: Alignment) -> list[Source]:
-    """The models' versions of one vocabulary tensor, each with the output's rows.
-
-    Bytes are passed on as they are. Only where rows must be averaged, or the models' data types differ, all
-    become F32 (F64 if one is not 16-bit), so that nothing is rounded before the merge.
-    """
-    if alignment.identical:
-        return list(sources)
-    columns = np.flatnonzero(np.min(alignment.row_of, axis=0) < 0)
-    default, average = alignment.default[:, columns], alignment.average[columns]
-    types = {source.dtype for source in sources}
-    if len(types) > 1 or average.any() or ((default >= 0).sum(axis=0) > 1).any():
-        wide = "F32" if types <= {"F16", "BF16"} else "F64"
-        sources = [Widened(source, wide) for source in sources]
-    place = np.full(alignment.rows, -1, np.int64)
-    place[columns] = np.arange(len(columns))
-    return [
-        RowsSource(source, rows, DefaultRows(sources, k, default, average), place)
-        for k, (source, rows) in enumerate(zip(sources, alignment.row_of, strict=True))
-    ]
-
-
-class Widened:
-    """A floating-point source as F32 or F64."""
-
-    def __init__(self, source: Source, dtype: str):
-        self.source, self.name, self.dtype = source, source.name, dtype
-        self.shape, self.numel = source.shape, source.numel
-
-    def read(self, start: int, stop: int, out: memoryview) -> None:
-        raw = bytearray((stop - start) * item_size(self.source.dtype))
-        self.source.read(start, stop, memoryview(raw))
-        np.frombuffer(out, _NUMPY[self.dtype])[:] = _numbers(raw, self.source.dtype)
-
-
-class DefaultRows:
-    """The rows that ``Alignment`` calls default, of model ``own``: column c of ``default`` is row c."""
-
-    def __init__(self, sources: Sequence[Source], own: int, default: np.ndarray, average: np.ndarray):
-        self.sources, self.own, self.default, self.average = sources, own, default, average
-        source = sources[own]
-        self.name, self.dtype, self.shape = source.name, source.dtype, (len(average), *source.shape[1:])
-        self.width = source.numel // source.shape[0]
-        self.numel = len(average) * self.width
-        self.lock = threading.Lock()
-        self.mean: bytes | None = None
-
-    def read(self, start: int, stop: int, out: memoryview) -> None:
-        size = item_size(self.dtype)
-        position = start
-        while position < stop:
-            row, column = divmod(position, self.width)
-            end = min(stop, (row + 1) * self.width)
-            part = self._row(row)[column * size : (column + end - position) * size]
-            out[(position - start) * size : (end - start) * size] = part
-            position = end
-
-    def _row(self, row: int) -> bytes:
-        rows = [self._of(m, int(other)) for m, other in enumerate(self.default[:, row]) if other >= 0]
-        if len(rows) == 1:
-            return rows[0]
-        if rows:
-            mean = np.mean([_numbers(raw, self.dtype) for raw in rows], axis=0, dtype=np.float64)
-            return mean.astype(_NUMPY[self.dtype]).tobytes()
-        return self._average() if self.average[row] else bytes(self.width * item_size(self.dtype))
-
-    def _of(self, model: int, row: int) -> bytes:
-        raw = bytearray(self.width * item_size(self.dtype))
-        self.sources[model].read(row * self.width, (row + 1) * self.width, memoryview(raw))
-        return bytes(raw)
-
-    def _average(self) -> bytes:
-        with self.lock:  # read the tensor once, not once per thread
-            if self.mean is None:
-                total = np.zeros(self.width)
-                count = self.sources[self.own].shape[0]
-                for row in range(count):
-                    total += _numbers(self._of(self.own, row), self.dtype)
-                self.mean = (total / count).astype(_NUMPY[self.dtype]).tobytes()
-            return self.mean
-
-
-_NUMPY = {"F32": "<f4", "F64": "<f8"}
-
-
-def _numbers(raw: bytes | bytearray, dtype: str) -> np.ndarray:
-    if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-    return np.frombuffer(raw, {"F16": "<f2", **_NUMPY}[dtype])
-
-
 # Reading the formats.
 
 _Added = list[tuple[str, int, dict[str, bool]]]  # text, stated number, flags
+_ANY = -1  # a number that is not stated
 
 
 def _tokenizer_json(raw: bytes, path: Path, settings: dict[str, Any]) -> tuple[dict[str, int] | None, _Added]:
     content = _object(parse_json(raw, str(path)), path)
     added = []
-    for entry in content.get("added_tokens") or []:
-        if not (
-            isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
-        ):
-            _malformed(path, "An added token lacks its content or its id.")
+    entries = content.get("added_tokens") or []
+    for entry in entries if isinstance(entries, list) else [None]:
+        if not (isinstance(entry, dict) and isinstance(_text(entry), str) and type(entry.get("id")) is int):
+            _malformed(path, "added_tokens is not a list of tokens with content and id.")
         added.append((entry["content"], entry["id"], _flags(entry)))
     vocabulary = _object(content.get("model"), path).get("vocab")
     if isinstance(vocabulary, list):  # Unigram: [text, score], numbered by position
         if not all(isinstance(pair, list) and pair and isinstance(pair[0], str) for pair in vocabulary):
             _malformed(path, "An entry of the vocabulary is not a pair of text and score.")
-        return {pair[0]: number for number, pair in enumerate(vocabulary)}, added
+        return _positions([pair[0] for pair in vocabulary]), added
     return _numbered(vocabulary, path), added
 
 
@@ -525,21 +428,26 @@ def _vocab_txt(raw: bytes, path: Path, settings: dict[str, Any]) -> tuple[dict[s
         lines = raw.decode("utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         _malformed(path, str(error))
-    return {line.removesuffix("\r"): number for number, line in enumerate(lines)}, []
+    return _positions([line.removesuffix("\r") for line in lines]), []
 
 
 def _sentencepiece(raw: bytes, path: Path, settings: dict[str, Any]) -> tuple[dict[str, int] | None, _Added]:
-    """The pieces of a protobuf ModelProto (field 1), by their text (field 1); None if it is something else."""
+    """The pieces of a protobuf ModelProto (field 1) by text (field 1); None if it is something else."""
     if str(settings.get("tokenizer_class")).removesuffix("Fast") not in _PLAIN_SENTENCEPIECE:
         return None, []
     try:
         pieces = [
             next(v for n, v in _fields(value) if n == 1) for number, value in _fields(raw) if number == 1
         ]
-        tokens = {piece.decode("utf-8"): number for number, piece in enumerate(pieces)}
-    except (IndexError, ValueError, StopIteration, RuntimeError):
+        return _positions([piece.decode("utf-8") for piece in pieces]), []
+    except (IndexError, ValueError, StopIteration):
         return None, []
-    return (tokens if tokens and len(tokens) == len(pieces) else None), []
+
+
+def _positions(texts: list[str]) -> dict[str, int] | None:
+    """Tokens numbered by their position; None if that is ambiguous."""
+    tokens = {text: number for number, text in enumerate(texts)}
+    return tokens if tokens and len(tokens) == len(texts) else None
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
@@ -571,7 +479,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         position += length
 
 
-def _nothing(raw: bytes, path: Path, settings: dict[str, Any]) -> tuple[dict[str, int] | None, _Added]:
+def _unread(raw: bytes, path: Path, settings: dict[str, Any]) -> tuple[dict[str, int] | None, _Added]:
     return None, []
 
 
@@ -581,40 +489,46 @@ def _more_added(folder: Path, settings: dict[str, Any]) -> _Added:
     decoder, named = settings.get("added_tokens_decoder"), dict(settings)
     if isinstance(decoder, dict):
         for number, entry in decoder.items():
-            if not (number.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)):
+            good = re.fullmatch("[0-9]{1,9}", number) and isinstance(entry, dict) and _text(entry)
+            if not good:
                 _malformed(folder / "tokenizer_config.json", "added_tokens_decoder is not a table of tokens.")
-            more.append((entry["content"], int(number), _flags(entry)))
+            more.append((_text(entry), int(number), _flags(entry)))
     else:  # as tokenizers were saved before that field existed
-        for name in ("special_tokens_map.json", "added_tokens.json"):
-            if os.path.lexists(folder / name):
-                content = _object(read_json(folder / name, LARGEST_CONFIG), folder / name)
-                if name == "added_tokens.json":
-                    numbers = _numbered(content, folder / name)
-                    more += [(text, number, _flags({})) for text, number in numbers.items()]
-                named.update(content if name != "added_tokens.json" else {})
+        named |= _read_object(folder / "special_tokens_map.json")
+        numbers = _numbered(_read_object(folder / "added_tokens.json"), folder / "added_tokens.json")
+        more += [(text, number, _flags()) for text, number in numbers.items()]
     more.sort(key=lambda token: token[1])
-    extra = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
-    for token in (
-        *(named.get(key) for key in _NAMED),
-        *(t for part in extra if isinstance(part, list) for t in part),
-    ):
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            more.append((text, -1, _flags({"special": True, **(token if isinstance(token, dict) else {})})))
+    special = [named.get(key) for key in _NAMED]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        special += named[key] if isinstance(named.get(key), list) else []
+    more += [(_text(token), _ANY, _flags(token, special=True)) for token in special if _text(token)]
     return more
+
+
+def _text(token: Any) -> Any:
+    """The text of a token that is stated as text or as an object; None if it is neither."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _numbered(content: Any, path: Path) -> dict[str, int]:
     tokens = _object(content, path)
-    if not all(type(number) is int and 0 <= number < 1 << 31 for number in tokens.values()):
+    numbers = tokens.values()
+    if tokens and not (set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < 1 << 31):
         _malformed(path, "A token's number is not a small positive integer.")
     return tokens
 
 
-def _flags(entry: Mapping[str, Any]) -> dict[str, bool]:
+def _flags(token: Any = None, special: bool = False) -> dict[str, bool]:
     """FLAGS of an added token, and what the library assumes where one is not stated."""
-    flags = {flag: bool(entry.get(flag, False)) for flag in FLAGS}
-    return flags | {"normalized": bool(entry.get("normalized", not flags["special"]))}
+    stated = token if isinstance(token, dict) else {}
+    special = bool(stated.get("special", special))
+    assumed = dict.fromkeys(FLAGS, False) | {"normalized": not special, "special": special}
+    return {flag: bool(stated.get(flag, value)) for flag, value in assumed.items()}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return _object(read_json(path, LARGEST_CONFIG), path) if os.path.lexists(path) else {}
 
 
 def _object(content: Any, path: Path) -> dict[str, Any]:

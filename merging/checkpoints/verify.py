@@ -89,7 +89,10 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
         present = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(
-            "E_NOT_FOUND", f"There is no folder {folder}.", f"{error.strerror}.", "Check the path."
+            "E_NOT_FOUND",
+            f"There is no folder {str(folder)!r} that can be read.",
+            f"{error.strerror}.",
+            "Check the path.",
         ) from None
     try:
         manifest = read_manifest(folder)

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from merging.checkpoints.files import open_plain, read_at, resolve_link
+from merging.checkpoints.files import open_plain, read_at, resolve_link, shown
 from merging.checkpoints.header import Header, read_header
 from merging.errors import InputError
 
@@ -29,7 +29,7 @@ class WeightFile:
         descriptor = open_plain(path)
         try:
             self.stamp = _stamp(os.fstat(descriptor))
-            self.header: Header = read_header(descriptor, str(path))
+            self.header: Header = read_header(descriptor, shown(path))
             self._require(_stamp(os.fstat(descriptor)))
         except BaseException:
             os.close(descriptor)
@@ -39,7 +39,7 @@ class WeightFile:
     def read(self, offset: int, out: memoryview) -> None:
         descriptor = _descriptors.acquire(self)
         try:
-            read_at(descriptor, offset, out, str(self.path))
+            read_at(descriptor, offset, out, shown(self.path))
         finally:
             _descriptors.release(self)
 
@@ -57,7 +57,7 @@ class WeightFile:
         try:
             self._require(_stamp(os.stat(resolve_link(str(self.path)), follow_symlinks=False)))
         except OSError as error:
-            self._changed(str(error))
+            self._changed(error.strerror or "it is gone")
         descriptor = _descriptors.acquire(self)
         try:
             self._require(_stamp(os.fstat(descriptor)))
@@ -81,7 +81,7 @@ class WeightFile:
     def _changed(self, why: str) -> NoReturn:
         raise InputError(
             "E_INPUT_CHANGED",
-            f"{self.path} was changed while it was in use.",
+            f"{shown(self.path)} was changed while it was in use.",
             f"Not as it was when it was opened: {why}.",
             "Let nothing write to the inputs during a merge, then run again.",
         ) from None

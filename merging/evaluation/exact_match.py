@@ -79,11 +79,15 @@ def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, f
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A loaded transformers model with its tokenizer. Load once, evaluate on many tasks."""
+    """A loaded transformers model with its tokenizer. Load once, evaluate on many tasks.
+
+    ``ends``: the tokens that end a response: the model's own list (chat models have several) and the tokenizer's.
+    """
 
     folder: Path
     network: Any
     tokenizer: Any
+    ends: frozenset[int]
     device: str
     threads: int
 
@@ -146,7 +150,12 @@ def load_model(folder: str | Path, *, device: str = "cpu", threads: int = 1) -> 
             what = f"The tokenizer in {folder} has neither a padding token nor an end token."
             raise InputError("E_NOT_A_MODEL", what, "", "Name one in tokenizer_config.json.")
         tokenizer.pad_token = tokenizer.eos_token
-    return Model(folder, network.eval().to(device), tokenizer, device, threads)
+    named = network.generation_config.eos_token_id
+    ends = frozenset(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    # generate() fills what a call leaves open from the model's own settings (temperature, penalties, beams ...):
+    # leave nothing of them, so that decoding is greedy for every model
+    network.generation_config = transformers.GenerationConfig()
+    return Model(folder, network.eval().to(device), tokenizer, ends - {None}, device, threads)
 
 
 def evaluate(
@@ -187,9 +196,8 @@ def evaluate(
                 attention_mask=batch["attention_mask"].to(model.device),
                 generation_config=_greedy(model, limit),
             )[:, prompt_tokens:].tolist()
-            ends = _end_tokens(model)
             for item, response in zip(items, responses, strict=True):
-                response = _until_end(response, ends)
+                response = _until_end(response, model.ends)
                 prediction = model.tokenizer.decode(response, skip_special_tokens=True)
                 correct = prediction.strip() == item.answer.strip()
                 records.append(Record(item.id, prediction, correct, len(response)))
@@ -283,28 +291,18 @@ def _check_context(model: Model, task: Task, needed: int) -> None:
         raise TaskError("E_TASK", what, "", "Shorten the prompts.")
 
 
-def _end_tokens(model: Model) -> set[int]:
-    """Every token that ends a response: the model's own list (chat models have several) and the tokenizer's."""
-    named = model.network.generation_config.eos_token_id
-    ends = set(named) if isinstance(named, list) else {named}
-    return {token for token in ends | {model.tokenizer.eos_token_id} if token is not None}
-
-
 def _greedy(model: Model, limit: int) -> Any:
-    """Plain greedy decoding: nothing of the model's own generation settings but its end tokens is used."""
     import transformers
 
     return transformers.GenerationConfig(
         do_sample=False,
-        num_beams=1,
         max_new_tokens=limit,
-        eos_token_id=sorted(_end_tokens(model)) or None,
+        eos_token_id=sorted(model.ends) or None,
         pad_token_id=model.tokenizer.pad_token_id,
-        use_cache=True,
     )
 
 
-def _until_end(response: Sequence[int], ends: set[int]) -> list[int]:
+def _until_end(response: Sequence[int], ends: frozenset[int]) -> list[int]:
     for position, token in enumerate(response):
         if token in ends:
             return list(response[:position])

@@ -95,17 +95,22 @@ def _read_bytes(path: Path) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise TaskError("E_TASK", f"{path} cannot be read.", f"The system says: {reason}.") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise TaskError("E_TASK", f"{path} is not a file.", "", "Name a .jsonl file.")
         if status.st_size > LARGEST_FILE:
             what = f"{path} has {status.st_size:,} bytes; a task file may have {LARGEST_FILE:,}."
             raise TaskError("E_TASK", what, "", "Use a sample of it.")
-        content = file.read(LARGEST_FILE + 1)  # a limit again: the file may be growing
-        if len(content) > LARGEST_FILE:
-            raise TaskError("E_TASK", f"{path} grew while it was read.", "", "Wait until it is complete.")
-        return content
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(LARGEST_FILE + 1)  # a limit again: the file may be growing
+    except OSError as error:
+        raise TaskError("E_TASK", f"{path} cannot be read.", f"The system says: {error.strerror}.") from None
+    finally:
+        os.close(descriptor)
+    if len(content) > LARGEST_FILE:
+        raise TaskError("E_TASK", f"{path} grew while it was read.", "", "Wait until it is complete.")
+    return content
 
 
 def _read_item(path: Path, number: int, line: str) -> Item:

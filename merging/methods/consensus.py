@@ -11,29 +11,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def agreeing_sum(block: Block, vectors: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
-    """Σ w_k τ_k over the experts whose weighted entry has the elected sign; overwrites ``vectors``.
+def agreeing_sum(block: Block, vectors: list[Tensor], factors: list[float], shares: list[float] | None) -> Tensor:
+    """Σ f_k τ_k over the experts whose weighted entry f_k τ_k has the elected sign; overwrites ``vectors``.
 
-    Elected sign: that of Σ_k w_k τ_k, and + where the sum is zero. An entry agrees if w_k τ_k has that
-    sign; zeros (trimmed, dropped, weight 0) never do. With ``normalize`` the result is divided by the sum
-    of the agreeing (signed) weights, and where that sum is zero by 1.
-    Source: Yadav et al. (TIES, arXiv 2306.01708) in the weighted form of mergekit 0.1.5.
+    Elected sign: that of Σ_k f_k τ_k, and + where the sum is zero. Zeros (trimmed, dropped, factor 0) never agree.
+    With ``shares`` the result is divided by the sum of the agreeing experts' (signed) shares, and where that is
+    zero by 1. Source: Yadav et al. (TIES, arXiv 2306.01708) in the weighted form of mergekit 0.1.5.
     """
-    used = [k for k, w in enumerate(weights) if w]
-    result, votes, share = block.buffer("sum").zero_(), block.buffer("votes"), block.buffer("share")
+    used = [k for k, f in enumerate(factors) if f]
+    agreed = block.buffer("agreed").zero_()
     if not used:
-        return result
+        return agreed
+    direction, share = block.buffer("direction").zero_(), block.buffer("share")
     for k in used:
-        result.add_(vectors[k].mul_(weights[k]))
-    one = block.workspace.buffer("one", 1, result.dtype).fill_(1)
-    direction = torch.copysign(one, result.add_(0), out=result)  # −0.0 + 0 = +0.0, so zero elects +
-    agreed, total = block.buffer("agreed").zero_(), block.buffer("total").zero_()
+        direction.add_(vectors[k], alpha=factors[k])
+    torch.ge(direction, 0, out=direction).mul_(2).sub_(1)
+    total = block.buffer("total").zero_() if shares is not None else None
     for k in used:
-        torch.mul(vectors[k], direction, out=votes).clamp_(min=0)
-        agreed.add_(votes)
-        if normalize:
-            total.add_(torch.gt(votes, 0, out=share), alpha=weights[k])
-    if normalize:
-        total.add_(torch.eq(total, 0, out=share))
+        # the entry in the elected direction: positive if it agrees (negative, for a negative factor)
+        along = vectors[k].mul_(direction)
+        if factors[k] > 0:
+            along.clamp_(min=0)
+        else:
+            along.clamp_(max=0)
+        agreed.add_(along, alpha=factors[k])
+        if total is not None and shares is not None:
+            total.add_(torch.ne(along, 0, out=share), alpha=shares[k])
+    if total is not None and shares is not None:
+        if min(shares[k] for k in used) > 0:  # zero only where nobody agrees, and there the sum is zero too
+            total.clamp_(min=min(shares[k] for k in used))
+        else:
+            total.add_(torch.eq(total, 0, out=share))
         agreed.div_(total)
-    return torch.mul(agreed, direction, out=agreed)
+    return agreed.mul_(direction)

@@ -45,13 +45,13 @@ class DareLinear(Method):
         weight: float = Field(..., description="Factor on this expert's task vector.")
         density: float = Field(1.0, ge=0, le=1, description="Probability that an entry stays.")
 
-    def coefficients(self) -> list[float]:
+    def coefficients(self) -> list[float] | None:
         weights = [e.weight for e in self.experts]
         scale = self.shared.lambda_ / divisor(weights, self.shared.normalize)
         return [w * scale if e.density > 0 else 0.0 for w, e in zip(weights, self.experts, strict=True)]
 
     def copies(self) -> int | None:
-        lone = lone_expert(self.coefficients())
+        lone = lone_expert(self.coefficients() or [])
         return None if lone is not None and lone >= 0 and self.experts[lone].density < 1 else lone
 
     def prepare(self, scan: Scan) -> list[list[float]]:
@@ -81,18 +81,13 @@ class DareLinear(Method):
             return tau.zero_()
         return tau if density >= 1 else tau.mul_(keep_mask(block, expert, density))
 
-    def sparse_vectors(self, block: Block, factors: list[float]) -> list[Tensor]:
-        """The task vectors after dropping and rescaling."""
-        vectors = block.task_vectors()
-        for k, factor in enumerate(factors):
-            self._drop(block, k, vectors[k])
-            if factor != 1:
-                vectors[k].mul_(factor)
-        return vectors
+    def sparse_vectors(self, block: Block) -> list[Tensor]:
+        """The task vectors after dropping, not yet rescaled."""
+        return [self._drop(block, k, tau) for k, tau in enumerate(block.task_vectors())]
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
-        vectors = self.sparse_vectors(block, prepared)
-        return block.add_to_base(weighted_sum(block, vectors, self.coefficients()))
+        factors = [c * f for c, f in zip(self.coefficients() or [], prepared, strict=True)]
+        return block.add_to_base(weighted_sum(block, self.sparse_vectors(block), factors))
 
 
 class DareTies(DareLinear):
@@ -101,12 +96,16 @@ class DareTies(DareLinear):
     idea = "Drop changes at random, scale up the rest, let the experts vote on the sign."
     nanoseconds = 6.0
 
+    def coefficients(self) -> None:
+        return None
+
     def copies(self) -> int | None:
         weights = [e.weight if e.density > 0 else 0.0 for e in self.experts]
         lone = lone_expert([float(w != 0) if self.shared.normalize else w for w in weights], self.shared.lambda_)
         return None if lone is not None and lone >= 0 and self.experts[lone].density < 1 else lone
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
-        vectors = self.sparse_vectors(block, prepared)
-        merged = agreeing_sum(block, vectors, [e.weight for e in self.experts], self.shared.normalize)
-        return block.add_to_base(merged.mul_(self.shared.lambda_))
+        weights = [e.weight for e in self.experts]
+        factors = [w * f for w, f in zip(weights, prepared, strict=True)]
+        merged = agreeing_sum(block, self.sparse_vectors(block), factors, weights if self.shared.normalize else None)
+        return block.add_to_base(merged if self.shared.lambda_ == 1 else merged.mul_(self.shared.lambda_))

@@ -137,39 +137,39 @@ class Pcb(Method):
         """β_k at each entry. Leaves the task vectors as they are."""
         if self.shared.variant == "paper":
             return self._paper_scores(block, statistics)
-        taus, count = block.task_vectors(), len(self.experts)
-        signed, betas = [], []
-        for k, tau in enumerate(taus):
-            n = torch.abs(tau, out=block.buffer(f"signed{k}"))
-            spread = statistics.highs[k] - statistics.lows[k]
-            n.clamp_(statistics.lows[k], statistics.highs[k]).sub_(statistics.lows[k])
-            n.mul_(1 / spread if spread > 0 else 0.0)
-            beta = torch.mul(n, n, out=block.buffer(f"beta{k}")).mul_(count)
-            betas.append(torch.exp(beta, out=beta))
-            # sign(τ)·n: copysign would give −n to −0.0, harmless, but +n to a zero change: not harmless
-            signed.append(n.mul_(torch.sign(tau, out=block.buffer("inter"))))
-        self._multiply_by_inter(block, taus, signed, betas)
-        return betas
-
-    def _multiply_by_inter(self, block: Block, taus: list[Tensor], signed: list[Tensor], betas: list[Tensor]) -> None:
-        inter = block.buffer("inter")
+        signed = [self._signed(block, k, statistics) for k in range(len(self.experts))]
         if self.shared.variant == "C":
-            count = len(signed)
-            sums = [block.buffer(f"inter{k}").zero_() for k in range(count)]
-            for i in range(count):
-                for j in range(i + 1):
-                    torch.tanh(torch.mul(signed[i], signed[j], out=inter), out=inter)
-                    sums[i].add_(inter)
-                    if i != j:
-                        sums[j].add_(inter)
-            for beta, total in zip(betas, sums, strict=True):
-                beta.mul_(total)
-            return
-        common = block.buffer("common").zero_()
+            return self._scores_by_pairs(block, signed)
+        taus, common = block.task_vectors(), block.buffer("common").zero_()
         for x in taus if self.shared.variant == "A" else signed:
             common.add_(x)
-        for beta, tau in zip(betas, taus, strict=True):
-            beta.mul_(torch.tanh(torch.mul(tau, common, out=inter), out=inter))
+        zero, inter = _zero(common), block.buffer("inter")
+        betas = []
+        for k, (s, tau) in enumerate(zip(signed, taus, strict=True)):
+            beta = torch.addcmul(zero, s, s, value=len(signed), out=block.buffer(f"beta{k}")).exp_()
+            betas.append(beta.mul_(torch.mul(tau, common, out=inter).tanh_()))
+        return betas
+
+    def _signed(self, block: Block, k: int, statistics: Statistics) -> Tensor:
+        """s_k = sign(τ_k)·n_k. Soft shrinkage is sign(τ)·max(|τ| − low, 0): clipping below and the minimum at once."""
+        low, high = statistics.lows[k], statistics.highs[k]
+        spread = float(torch.tensor(high, dtype=block.like.dtype) - low)
+        out = torch._C._nn.softshrink(block.task_vectors()[k], low, out=block.buffer(f"signed{k}"))
+        return out.clamp_(-spread, spread).mul_(1 / spread if spread > 0 else 0.0)
+
+    def _scores_by_pairs(self, block: Block, signed: list[Tensor]) -> list[Tensor]:
+        """Variant C: exp(N s_k²)·Σ_j tanh(s_k s_j), each pair computed once."""
+        count, betas, sums, pair = len(signed), [], [], block.buffer("pair")
+        for k, s in enumerate(signed):
+            square = torch.mul(s, s, out=block.buffer(f"inter{k}"))
+            betas.append(torch.mul(square, count, out=block.buffer(f"beta{k}")).exp_())
+            sums.append(square.tanh_())
+        for i in range(count):
+            for j in range(i):
+                torch.mul(signed[i], signed[j], out=pair).tanh_()
+                sums[i].add_(pair)
+                sums[j].add_(pair)
+        return [beta.mul_(total) for beta, total in zip(betas, sums, strict=True)]
 
     def _paper_scores(self, block: Block, statistics: Statistics) -> list[Tensor]:
         taus, count = block.task_vectors(), len(self.experts)
@@ -190,20 +190,26 @@ class Pcb(Method):
         merged, total = block.buffer("merged").zero_(), block.buffer("total").zero_()
         for k, (tau, beta) in enumerate(zip(block.task_vectors(), betas, strict=True)):
             spread = prepared.best[k] - prepared.thresholds[k]
-            if not spread > 0:
-                continue
-            weight = beta.sub_(prepared.thresholds[k]).clamp_(min=0).mul_(1 / spread)
-            total.add_(weight)
-            merged.add_(self._clipped(block, tau, prepared, k).mul_(weight), alpha=self.experts[k].weight)
+            if spread > 0:
+                excess = beta.sub_(prepared.thresholds[k]).clamp_(min=0)
+                total.add_(excess, alpha=1 / spread)
+                merged.addcmul_(self._clipped(block, tau, prepared, k), excess, value=self.experts[k].weight / spread)
         merged.div_(total.clamp_(min=1e-12))
-        return block.add_to_base(merged.mul_(self.shared.lambda_))
+        return block.add_to_base(merged if self.shared.lambda_ == 1 else merged.mul_(self.shared.lambda_))
 
     def _clipped(self, block: Block, tau: Tensor, statistics: Statistics, k: int) -> Tensor:
         """C_k, overwriting τ_k; for the paper's variant τ_k itself."""
         if self.shared.variant == "paper":
             return tau
-        sign = torch.sign(tau, out=block.buffer("inter"))
-        return tau.abs_().clamp_(statistics.lows[k], statistics.highs[k]).mul_(sign)
+        low, high = statistics.lows[k], statistics.highs[k]
+        if low > 0:
+            sign = torch.sign(tau, out=block.buffer("pair"))
+            return tau.abs_().clamp_(low, high).mul_(sign)
+        return tau.clamp_(-high, high)
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=like.dtype, device=like.device)
 
 
 def _exp_norm(block: Block, a: Tensor, b: Tensor, limits: tuple[float, float], factor: float) -> Tensor:

@@ -20,10 +20,6 @@ from .lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PER_COUNTER = 16
-"""One step of the counter gives 4 × 64 bits = sixteen 16-bit numbers."""
-
-
 def stream_key(seed: int, tensor: str, expert: int, purpose: str) -> np.ndarray:
     """128 key bits: the start of SHA-256 over everything that names the stream."""
     digest = hashlib.sha256(f"{seed}\0{tensor}\0{expert}\0{purpose}".encode()).digest()
@@ -33,33 +29,35 @@ def stream_key(seed: int, tensor: str, expert: int, purpose: str) -> np.ndarray:
 def keep_mask(block: Block, expert: int, probability: float) -> Tensor:
     """A 0/1 tensor in the compute dtype; each entry is 1 with ``probability``, independently.
 
-    One 16-bit number per entry decides, and where it hits the limit exactly (one entry in 65,536) further
-    bits do, so the probability is met to 2⁻⁴⁸ and not only to 2⁻¹⁶.
+    If the probability is a multiple of 1/256, a random byte per entry decides. Otherwise 16 bits do, and where
+    they hit the limit exactly (one entry in 65,536) further bits, so that the probability is met to 2⁻⁶⁴.
     """
-    size = block.like.numel()
     key = stream_key(block.seed, block.tensor, expert, "keep")
-    numbers = _uniform16(key, block.start, size)
-    limit = int(probability * 65536)
-    rest = probability * 65536 - limit
     mask = block.buffer("mask")
+    if probability * 256 == int(probability * 256):
+        numbers = _numbers(key, block.start, mask.numel(), np.dtype(np.uint8))
+        return torch.lt(_on(mask, torch.from_numpy(numbers)), int(probability * 256), out=mask)
+    numbers = _numbers(key, block.start, mask.numel(), np.dtype(np.uint16))
+    limit = int(probability * 65536)
     # int16 is the widest 16-bit type that all devices compare: shift the range instead of the type
-    shifted = (numbers ^ np.uint16(0x8000)).view(np.int16)
-    host = torch.from_numpy(shifted)
-    source = host if mask.device.type == "cpu" else host.to(mask.device)
-    torch.lt(mask.copy_(source), float(limit - 32768), out=mask)
-    if rest:
-        for place in np.flatnonzero(numbers == limit) if limit < 65536 else ():
-            if _uniform(key, block.start + int(place)) < rest:
-                mask[int(place)] = 1
+    shifted = torch.from_numpy((numbers ^ np.uint16(0x8000)).view(np.int16))
+    torch.lt(_on(mask, shifted), limit - 32768, out=mask)
+    for place in np.flatnonzero(numbers == limit):
+        if _uniform(key, block.start + int(place)) < probability * 65536 - limit:
+            mask[int(place)] = 1
     return mask
 
 
-def _uniform16(key: np.ndarray, start: int, size: int) -> np.ndarray:
-    """Numbers ``start`` … ``start + size`` of the stream ``key``, as uint16."""
-    skip = start % _PER_COUNTER
-    words = -(-(skip + size) // 4)
-    generator = np.random.Philox(key=key, counter=start // _PER_COUNTER)
-    return generator.random_raw(words).view(np.uint16)[skip : skip + size]
+def _on(mask: Tensor, numbers: Tensor) -> Tensor:
+    return numbers if mask.device.type == "cpu" else numbers.to(mask.device)
+
+
+def _numbers(key: np.ndarray, start: int, size: int, dtype: np.dtype) -> np.ndarray:
+    """Numbers ``start`` … ``start + size`` of the stream ``key``. A step of the counter gives 4 × 64 bits."""
+    per_word = 8 // dtype.itemsize
+    skip = start % (4 * per_word)
+    generator = np.random.Philox(key=key, counter=start // (4 * per_word))
+    return generator.random_raw(-(-(skip + size) // per_word)).view(dtype)[skip : skip + size]
 
 
 def _uniform(key: np.ndarray, index: int) -> float:

@@ -116,7 +116,7 @@ def merge_tensors(
     """Merge models that are in memory; the same numbers as a merge of files.
 
     Each output tensor has the dtype of the base's (or first expert's), rounded once. All models must have the
-    same names and shapes. For global rules all tensors are ranked together, in the order of the first model.
+    same names and shapes. For global rules all tensors are ranked together, in the order of their names.
     """
     models = [*([base] if base is not None else []), *experts]
     workspace = Workspace(device)
@@ -127,6 +127,7 @@ def merge_tensors(
         inputs.append(TensorInputs(name, first.numel(), dtype,
                                    memory_reader(base[name]) if with_base and base is not None else None,
                                    [memory_reader(e[name]) for e in experts]))
+    inputs.sort(key=lambda tensor: tensor.name)
     groups = [inputs] if method.whole_model() is not None else [[i] for i in inputs]
     merged: dict[str, Tensor] = {}
     copied = method.copies()
@@ -140,9 +141,26 @@ def merge_tensors(
             out = torch.empty(like.numel(), dtype=like.dtype)
             for block in tensor.blocks(workspace, seed):
                 stop = block.start + block.like.numel()
-                out[block.start : stop].copy_(method.combine(block, known))
+                round_into(out[block.start : stop], method.combine(block, known))
             merged[tensor.name] = out.view(like.shape)
-    return merged
+    return {name: merged[name] for name in models[0]}
+
+
+def round_into(out: Tensor, values: Tensor) -> None:
+    """``out`` = ``values``, rounded to the nearest (ties to even) once.
+
+    torch goes from float64 to 16 bits by way of float32, and so rounds twice: 1 + 2⁻⁸ + 2⁻⁴⁰ becomes 1 in bfloat16.
+    Here the first step rounds to odd (towards zero, then the last bit set if anything was lost), after which the
+    second step gives what one alone would have (Boldo and Melquiond, "Emulation of a FMA and correctly rounded
+    sums: proved algorithms using rounding to odd", 2008).
+    """
+    if values.dtype == torch.float64 and out.dtype.itemsize == 2:
+        single = values.to(torch.float32)
+        back = single.double()
+        too_far, inexact = back.abs() > values.abs(), back != values
+        single.view(torch.int32).sub_(too_far.int()).bitwise_or_(inexact.int())
+        values = single
+    out.copy_(values)
 
 
 def memory_reader(values: Tensor) -> Reader:

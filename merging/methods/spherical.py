@@ -10,6 +10,7 @@ With φ = arccos(⟨a, b⟩ / |a||b|), slerp is (sin((1−t)φ)·a + sin(tφ)·b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,12 +45,13 @@ def gram_matrices(scan: Scan, task_vectors: bool, with_base: bool = False) -> li
     return [sum(blocks, np.zeros((size, size))) for blocks in grams]
 
 
-def slerp_coefficients(gram: np.ndarray, t: float, straight_above: float, smallest_norm: float) -> list[float]:
-    """The factors of a and b in slerp(a, b, t). Where |cos φ| > ``straight_above``: (1−t, t)."""
-    norms = [math.sqrt(max(gram[i, i], 0.0)) for i in (0, 1)]
-    norms = [n if n > smallest_norm else 1.0 for n in norms]
+def slerp_coefficients(
+    gram: np.ndarray, t: float, straight: Callable[[float], bool], norm: Callable[[float], float]
+) -> list[float]:
+    """The factors of a and b in slerp(a, b, t); (1−t, t) where ``straight(cos φ)``. ``norm`` guards against tiny ones."""
+    norms = [norm(math.sqrt(max(gram[i, i], 0.0))) for i in (0, 1)]
     cosine = min(1.0, max(-1.0, gram[0, 1] / (norms[0] * norms[1])))
-    if abs(cosine) > straight_above:
+    if straight(cosine):
         return [1 - t, t]
     angle = math.acos(cosine)
     return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
@@ -75,7 +77,7 @@ class Slerp(Method):
 
     def prepare(self, scan: Scan) -> list[list[float]]:
         grams = gram_matrices(scan, task_vectors=False, with_base=True)
-        return [slerp_coefficients(g, self.shared.t, 0.9995, 1e-8) for g in grams if g.size] or [[1.0, 0.0]]
+        return [slerp_coefficients(g, self.shared.t, lambda c: abs(c) > 0.9995, lambda n: n if n > 1e-8 else 1.0) for g in grams if g.size] or [[1.0, 0.0]]
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
         assert block.base is not None
@@ -105,10 +107,11 @@ class NuSlerp(Method):
         return {0.0: 0, 1.0: 1}.get(self.t)
 
     def prepare(self, scan: Scan) -> list[list[float]]:
-        # mergekit 0.1.5 goes straight only where sin² φ ≤ 1e-16
-        straight = math.sqrt(1 - 1e-16)
+        def straight(cosine: float) -> bool:
+            return 1 - cosine * cosine <= 1e-16  # sin² φ, as in mergekit 0.1.5
+
         grams = gram_matrices(scan, task_vectors=scan.has_base)
-        return [slerp_coefficients(g, self.t, straight, 1e-7) if g.size else [0.0, 0.0] for g in grams]
+        return [slerp_coefficients(g, self.t, straight, lambda n: max(n, 1e-7)) if g.size else [0.0, 0.0] for g in grams]
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
         return _sum_on_base(block, prepared)
@@ -118,7 +121,7 @@ class MultiSlerp(Method):
     """The weighted mean direction times the weighted mean norm.
 
     With u_k = x_k / |x_k|: θ = (Σ w_k u_k / |Σ w_k u_k|) · Σ w_k |x_k|, of the models, or of the task vectors if
-    there is a base. The step through the tangent space that mergekit 0.1.5 takes adds nothing: the weighted
+    there is a base. Where the directions cancel out (Σ w_k u_k = 0), the weighted sum of the x_k. The step through the tangent space that mergekit 0.1.5 takes adds nothing: the weighted
     mean of the tangents at the mean direction is zero.
     """
 

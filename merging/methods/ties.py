@@ -56,5 +56,6 @@ class Ties(Method):
     def combine(self, block: Block, prepared: Any) -> Tensor:
         scratch = block.buffer("votes")
         trimmed = [t.trim(tau, scratch) for tau, t in zip(block.task_vectors(), prepared, strict=True)]
-        merged = agreeing_sum(block, trimmed, [e.weight for e in self.experts], self.shared.normalize)
-        return block.add_to_base(merged.mul_(self.shared.lambda_))
+        weights = [e.weight for e in self.experts]
+        merged = agreeing_sum(block, trimmed, weights, weights if self.shared.normalize else None)
+        return block.add_to_base(merged if self.shared.lambda_ == 1 else merged.mul_(self.shared.lambda_))

@@ -2,7 +2,7 @@
 
 Among 16-bit fine-tunes a fifth of all entries can sit exactly on the threshold, so the rule for ties is
 part of the method: everything above the threshold stays, and the places that are left over go to the
-entries on the threshold with the lowest flat index (in recipe order of tensors for a global threshold).
+entries on the threshold with the lowest flat index (for a global threshold: tensors in order of their names).
 """
 
 from __future__ import annotations

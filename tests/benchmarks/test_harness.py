@@ -13,6 +13,7 @@ from benchmarks import models
 from benchmarks.measure import measure
 from benchmarks.merge_speed import CASES, Race
 from benchmarks.plan_speed import judge
+from merging.recipe_yaml import load_recipe
 
 
 def run(code: str, folder: Path, limit: float = 60):
@@ -105,15 +106,13 @@ def test_the_floor_copies_one_model_and_reads_the_others(tmp_path: Path, contest
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_recipes_name_the_models_that_the_floor_reads(tmp_path: Path, name: str) -> None:
-    recipe = CASES[name].recipe(tmp_path)
-    named = {entry["model"] for entry in recipe.get("models") or recipe["experts"]}
-    named |= {recipe[key] for key in ("base_model", "base") if key in recipe}
-    assert named == {str(tmp_path / member) for member in CASES[name].inputs()}
+def test_the_engine_reads_the_models_that_the_floor_reads(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(Race(tmp_path, tmp_path, None).recipe(name)).recipe
+    assert {model.key for model in recipe.model_list} == {str(tmp_path / m) for m in CASES[name].inputs()}
 
 
 def test_missed_targets_are_named() -> None:
     good = {"tiny": 0.5, "8b": 1.0, 15_000: 1.5, 30_000: 2.5, 60_000: 4.5}
-    assert judge(good) == []
-    assert len(judge(good | {"8b": 2.5})) == 1
-    assert len(judge(good | {60_000: 12.0})) == 2
+    assert judge(good, good) == []
+    assert len(judge(good | {"8b": 2.5, 60_000: 12.0}, good)) == 2
+    assert len(judge(good, good | {60_000: 16.5})) == 1  # quadratic

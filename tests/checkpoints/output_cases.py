@@ -55,11 +55,20 @@ def layout(tensors: int = 12, shards: int = 2, largest: int = 40_000) -> list[Ou
     return files
 
 
+LARGER = layout(40)  # 1.6 MB: what the processes write
+
+
 def content(tensor: str, nbytes: int) -> bytes:
     return np.random.default_rng(zlib.crc32(tensor.encode())).bytes(nbytes)
 
 
-def fill(folder: OutputFolder, files: list[OutputFile], pause: float = 0, count: int | None = None) -> int:
+def fill(
+    folder: OutputFolder,
+    files: list[OutputFile],
+    pause: float = 0,
+    count: int | None = None,
+    tell: Callable[[str], object] = str,
+) -> int:
     """Write all tensors (or ``count``) that are not finished, from two threads; returns how many."""
     todo = [e for file in files for e in file.entries.values() if e.name not in folder._finished][:count]
     queue, errors = iter(todo), []
@@ -77,6 +86,7 @@ def fill(folder: OutputFolder, files: list[OutputFile], pause: float = 0, count:
                     folder.write(entry.name, offset, memoryview(data)[offset : offset + 16_384])
                     time.sleep(pause)
                 folder.complete(entry.name, xxhash.xxh3_128_hexdigest(data))
+                tell(entry.name)
             except Exception as error:
                 errors.append(error)
 
@@ -90,13 +100,17 @@ def fill(folder: OutputFolder, files: list[OutputFile], pause: float = 0, count:
     return len(todo)
 
 
-def produce(final: Path, files: list[OutputFile] | None = None, pause: float = 0, tell: bool = False) -> Path:
+def produce(
+    final: Path,
+    files: list[OutputFile] | None = None,
+    pause: float = 0,
+    tell: Callable[[str], object] = str,
+) -> Path:
     """The whole way: open, write what is missing, publish."""
     files = files or layout()
     with OutputFolder.open(final, files, PLAN) as folder:
-        if tell:
-            print("open", flush=True)
-        fill(folder, files, pause)
+        tell("open")
+        fill(folder, files, pause, tell=tell)
         for name, data in SIDE_FILES.items():
             folder.add(name, data)
         return folder.finish(MANIFEST)
@@ -216,11 +230,19 @@ def sweep(folder: Path, kind: str) -> dict[str, Any]:
 
 def main() -> None:
     command, where, *rest = sys.argv[1:]
-    if command == "write":
-        produce(Path(where), layout(40), float(rest[0]) if rest else 0, tell=True)
-        print("done", flush=True)
-    elif command == "sweep":
+    if command == "sweep":
         print(json.dumps(sweep(Path(where), rest[0])))
+        return
+    if command == "nobody":
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    try:
+        pause = float(rest[0]) if rest else 0
+        produce(Path(where), LARGER, pause, lambda text: os.write(1, f"{text}\n".encode()))
+        print("done", flush=True)
+    except AmalgamError as error:
+        print(error.code, error.what, error.why, error.fix, sep="\n")
 
 
 if __name__ == "__main__":

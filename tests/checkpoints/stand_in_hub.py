@@ -220,7 +220,7 @@ class StandInHub:
             start, status = int(wanted.removeprefix("bytes=").rstrip("-")), 206
             if start >= len(content):
                 return Response(b"", 416, {"Content-Range": f"bytes */{len(content)}"})
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} | headers
         headers = {"Content-Length": str(len(content) + len(fault.more) - start)} | headers
         if request.method == "HEAD":
             return Response(status_code=status, headers=headers)

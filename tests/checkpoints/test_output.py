@@ -408,7 +408,7 @@ def test_work_without_a_finished_tensor_is_removed(tmp_path: Path) -> None:
 def test_a_flipped_bit_in_a_finished_tensor_is_noticed(tmp_path: Path) -> None:
     work = interrupted(tmp_path / "model")
     files = layout()
-    name = next(n for n in read_journal(work / "journal").claims if "5" in n)
+    name = "block.4.weight"
     file = next(file for file in files if name in file.entries)
     path, entry = work / "model" / file.name, file.entries[name]
     with path.open("r+b") as opened:
@@ -463,7 +463,7 @@ def lines(work: Path) -> list[bytes]:
     ("damage", "kept"),
     [
         (lambda lines: lines[:-1] + [lines[-1][:-9]], 7),
-        (lambda lines: lines[:-1] + [lines[-1][:-1]], 7),  # not even the end of the line is missing by chance
+        (lambda lines: lines[:-1] + [lines[-1][:-1]], 7),
         (lambda lines: lines + [b"0"], 8),
         (lambda lines: lines + [b"garbage\n"] * 3, 8),
         (lambda lines: lines + [lines[3]], 8),

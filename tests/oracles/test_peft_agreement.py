@@ -18,7 +18,7 @@ import pytest
 from tests.oracles import reference
 
 torch = pytest.importorskip("torch", reason="the peft comparison needs torch")
-TOLERANCE = 4 * 2.0**-24 * 5  # peft works in float32 on values below 5; measured 2.4e-7
+TOLERANCE = 5e-7  # peft works in float32 on values of a few units; measured 1.2e-7 (TIES), 8e-7 (DARE at 0.3)
 
 
 @pytest.fixture(scope="module")

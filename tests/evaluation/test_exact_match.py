@@ -1,0 +1,214 @@
+"""Exact match agrees with a plain token-by-token decoder, repeats itself, and refuses what would score nonsense."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
+
+from merging.errors import InputError, TaskError
+from merging.evaluation.exact_match import Model, Record, Score, evaluate, load_model, summary, wilson_interval
+from merging.evaluation.tasks import Item, Task, read_task
+
+DEMO = Path(__file__).parents[2] / "assets" / "demo"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model(DEMO / "experts" / "sort")
+
+
+def task_of(*pairs: tuple[str, str]) -> Task:
+    return Task("made up", tuple(Item(prompt, answer, line) for line, (prompt, answer) in enumerate(pairs, 1)), "0")
+
+
+def plain_greedy(model: Model, prompt: str, most: int) -> str:
+    """One prompt, no padding, no cache, no generate(): the most likely token, again and again."""
+    tokens = model.tokenizer(prompt)["input_ids"]
+    start = len(tokens)
+    with torch.inference_mode():
+        for _ in range(most):
+            token = int(model.network(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+            if token == model.tokenizer.eos_token_id:
+                break
+            tokens.append(token)
+    return model.tokenizer.decode(tokens[start:])
+
+
+def test_agrees_with_decoding_one_by_one_whatever_the_lengths_and_batches(model: Model) -> None:
+    words = [item.prompt.split(" ")[1].removesuffix("=") for item in read_task(DEMO / "tasks" / "sort.jsonl").items[:24]]
+    task = task_of(*((f"sort {word[: 3 + number % 6]}=", "".join(sorted(word))) for number, word in enumerate(words)))
+    expected = [plain_greedy(model, item.prompt, most=9) for item in task.items]
+    for batch_size in (24, 7, 1):
+        score = evaluate(model, task, batch_size=batch_size)
+        assert [record.prediction for record in score.records] == expected
+        assert [record.item for record in score.records] == [item.id for item in task.items]
+        assert [record.tokens for record in score.records] == [len(prediction) for prediction in expected]
+        assert [r.correct for r in score.records] == [p == i.answer for p, i in zip(expected, task.items, strict=True)]
+    assert 0 < score.correct < score.total  # the shortened words have longer answers here, so both cases occurred
+    assert score.accuracy == score.correct / 24
+    assert score.interval == wilson_interval(score.correct, 24)
+
+
+def test_a_response_that_goes_on_after_the_answer_is_wrong(model: Model) -> None:
+    score = evaluate(model, task_of(("sort dbca=", "ab"), ("sort fe=", "e")))
+    assert [record.correct for record in score.records] == [False, False]
+    assert score.records[0].tokens == 3  # cut off one token after the longest answer
+
+
+def test_white_space_at_the_ends_of_an_answer_does_not_matter(model: Model) -> None:
+    word = "hgfedcba"
+    right = plain_greedy(model, f"sort {word}=", 9)
+    assert evaluate(model, Task("t", (Item(f"sort {word}=", right, 1),), "0")).correct == 1
+
+
+def test_reports_progress_and_leaves_the_number_of_threads_alone(model: Model) -> None:
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        task = Task("t", read_task(DEMO / "tasks" / "sort.jsonl").items[:5], "0")
+        evaluate(model, task, batch_size=2, progress=lambda done, total: seen.append((done, total, torch.get_num_threads())))
+        assert seen == [(2, 5, 1), (4, 5, 1), (5, 5, 1)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_task_that_the_model_cannot_write_or_hold_is_an_error(model: Model) -> None:
+    with pytest.raises(TaskError, match="Line 2 .* lacks"):
+        evaluate(model, task_of(("sort ab=", "ab"), ("sort ba=", "A")))
+    with pytest.raises(TaskError, match="room for 64"):
+        evaluate(model, task_of(("sort " + "a" * 63 + "=", "a")))
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 400), (400, 400), (8, 10), (37, 250), (399, 400)])
+def test_wilson_interval_is_that_of_scipy(correct: int, total: int) -> None:
+    expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(-1, 5), (6, 5), (0, 0)])
+def test_wilson_interval_wants_a_share(correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match="share"):
+        wilson_interval(correct, total)
+
+
+def score_of(correct: int, total: int = 10, task: str = "t", sha256: str = "0") -> Score:
+    return Score(task, sha256, tuple(Record(str(i), "", i < correct, 1) for i in range(total)))
+
+
+def test_summary_divides_what_its_docstring_says() -> None:
+    base = {"a": score_of(2), "b": score_of(5)}
+    experts = {"a": score_of(10), "b": score_of(9)}
+    found = summary(base, experts, {"a": score_of(8), "b": score_of(4)})
+    assert found.accuracy == {"a": 0.8, "b": 0.4}
+    assert found.mean == pytest.approx(0.6)
+    assert found.gain_kept == pytest.approx({"a": 6 / 8, "b": -1 / 4})
+    assert found.mean_gain_kept == pytest.approx(0.25)
+    assert found.least_gain_kept == pytest.approx(-0.25)
+    assert found.retention == pytest.approx({"a": 8 / 10, "b": 4 / 9})
+    assert found.mean_retention == pytest.approx((0.8 + 4 / 9) / 2)
+    assert found.least_retention == pytest.approx(4 / 9)
+
+
+def test_summary_has_no_number_where_there_is_no_gain_to_keep() -> None:
+    found = summary({"a": score_of(5)}, {"a": score_of(5)}, {"a": score_of(5)})
+    assert math.isnan(found.mean_gain_kept) and math.isnan(found.least_gain_kept)
+    assert found.mean_retention == 1
+
+
+@pytest.mark.parametrize("other", [score_of(5, sha256="1"), score_of(5, total=9), None])
+def test_summary_compares_only_the_same_items(other: Score | None) -> None:
+    with pytest.raises(TaskError, match="same items"):
+        summary({"a": score_of(5)}, {"a": score_of(5)}, {"a": other} if other else {})
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO / "base", tmp_path / "model"))
+
+
+def change_weights(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda weights: weights.pop(NAME), "E_MISSING_TENSOR"),
+        (lambda weights: weights.update({"model.layers.9.extra": torch.zeros(1)}), "E_EXTRA_TENSOR"),
+        (lambda weights: weights.update({NAME: weights[NAME][:-1].clone()}), "E_SHAPE"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(copy: Path, change, code: str) -> None:  # type: ignore[no-untyped-def]
+    change_weights(copy, change)
+    with pytest.raises(InputError) as caught:
+        load_model(copy)
+    assert caught.value.code == code
+
+
+def test_folders_that_hold_no_language_model_are_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="E_NOT_FOUND"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(InputError, match="E_NOT_A_MODEL"):
+        load_model(tmp_path)
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-8])
+    with pytest.raises(InputError, match="E_NOT_A_MODEL"):
+        load_model(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="E_NOT_A_MODEL"):
+        load_model(copy)
+    (copy / "model.safetensors").write_bytes(weights)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        load_model(copy)
+
+
+def test_code_that_a_model_brings_is_not_run(copy: Path) -> None:
+    witness = copy / "ran"
+    (copy / "own.py").write_text(f"open({str(witness)!r}, 'w')\nclass Own: pass\n")
+    change_json(copy / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    with pytest.raises(InputError, match="E_NOT_A_MODEL"):
+        load_model(copy)
+    assert not witness.exists()
+
+
+def test_the_models_own_sampling_settings_do_not_matter(copy: Path) -> None:
+    task = Task("t", read_task(DEMO / "tasks" / "reverse.jsonl").items[:40], "0")
+    expected = evaluate(load_model(DEMO / "base"), task)
+    change_json(copy / "generation_config.json", do_sample=True, temperature=5.0, num_beams=3, repetition_penalty=9.0)
+    assert evaluate(load_model(copy), task) == expected
+
+
+def test_every_end_token_of_the_model_ends_a_response(copy: Path) -> None:
+    change_json(copy / "generation_config.json", eos_token_id=[1, 10])  # 10: the letter b
+    model = load_model(copy)
+    assert model.tokenizer.convert_ids_to_tokens([10]) == ["b"]
+    records = evaluate(model, task_of(("rotate cdabcdef=", "abcdefcd"))).records
+    assert records[0].prediction == "a"
+
+
+def test_a_tokenizer_without_padding_token_pads_with_the_end_token(copy: Path) -> None:
+    expected = evaluate(load_model(copy), task_of(("sort ab=", "ab"), ("sort dcba=", "abcd")))
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = load_model(copy)
+    assert model.tokenizer.pad_token == "<eos>"
+    assert evaluate(model, task_of(("sort ab=", "ab"), ("sort dcba=", "abcd"))).records == expected.records

@@ -1,0 +1,1 @@
+"""What a person sees. Thin: asks ``merging``, draws, never computes on weights."""
