@@ -41,7 +41,8 @@ def count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
-        prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = whole.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="merge, verify and score the bundled experts")
@@ -63,8 +64,13 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for command in (plan, merge):
         command.add_argument("--threads", type=count, default=0, metavar="N", help="workers (default: one per core)")
-        command.add_argument("--shard-size", type=size, default=5_000_000_000, metavar="SIZE",
-                             help="largest weight file, for example 2GB (default: 5GB)")
+        command.add_argument(
+            "--shard-size",
+            type=size,
+            default=5_000_000_000,
+            metavar="SIZE",
+            help="largest weight file, for example 2GB (default: 5GB)",
+        )
         command.add_argument("--offline", action="store_true", help="never ask the Hub; use what is in its cache")
 
     verify = commands.add_parser("verify", help="check a merged model against its manifest")

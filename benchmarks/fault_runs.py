@@ -117,7 +117,7 @@ class Runs:
             raise Failure(f"{out} does not verify: {verify(out).problems}")
         first, second = facts(self.reference(recipe)), facts(out)
         if first != second:
-            wrong = [key for key in first if first[key] != second.get(key)]
+            wrong = sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
             raise Failure(f"{out} differs from the undisturbed merge in {wrong}")
         left = sorted(name for name in os.listdir(out.parent) if name != out.name)
         if left:

@@ -19,7 +19,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .checkpoints.checkpoint import Checkpoint, Source
-from .checkpoints.layout import IGNORABLE, Role, block_count, head_and_embedding, rename_block, role
+from .checkpoints.layout import IGNORABLE, Role, block_count, block_number, head_and_embedding, rename_block, role
 from .errors import AmalgamError, InputError
 from .layer_plan import BlockSource, OutputBlock, layer_plan, place_of
 from .recipe import Recipe
@@ -100,8 +100,8 @@ class _Inputs:
     @cache  # noqa: B019 - lives as long as one call of align_tensors
     def _by_place(self, key: str) -> dict[int | None, list[str]]:
         groups: dict[int | None, list[str]] = {}
-        for name, tensor in self.models[key].tensors.items():
-            groups.setdefault(role(name, tensor.shape).block, []).append(name)
+        for name in self.models[key].tensors:
+            groups.setdefault(block_number(name), []).append(name)
         return groups
 
 
@@ -131,15 +131,18 @@ def _add_place(inputs: _Inputs, place: OutputBlock, result: Alignment) -> None:
     donor = place.base or place.sources[0]
     if place.block is not None:
         result.blocks.append(donor)
+    labels = [inputs.recipe.experts[s.expert or 0].label for s in place.sources]
     for name in _names(inputs, place, donor, result):
-        def at(source: BlockSource, name: str = name) -> str:
-            return name if source.block is None else rename_block(name, source.block)
 
-        base = inputs.source(place.base.model, at(place.base)) if place.base else None
-        found = [_Part(inputs.recipe.experts[s.expert or 0].label, s.model, at(s), inputs.source(s.model, at(s)))
-                 for s in place.sources]
-        output = name if place.block is None else rename_block(name, place.block)
-        _add(inputs.recipe, output, place, base, found, result)
+        def at(block: int | None, name: str = name) -> str:
+            return name if block is None or block == donor.block else rename_block(name, block)
+
+        base = inputs.source(place.base.model, at(place.base.block)) if place.base else None
+        found = []
+        for source, label in zip(place.sources, labels, strict=True):
+            there = at(source.block)
+            found.append(_Part(label, source.model, there, inputs.source(source.model, there)))
+        _add(inputs.recipe, at(place.block), place, base, found, result)
 
 
 def _names(inputs: _Inputs, place: OutputBlock, donor: BlockSource, result: Alignment) -> list[str]:

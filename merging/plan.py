@@ -109,9 +109,16 @@ class Plan:
 
     def seconds(self, threads: int) -> float:
         """A rough estimate of the time on a CPU: arithmetic shared by the threads, and bytes at 1 GB/s."""
-        work = sum(t.numel * len(t.inputs()) * t.method.nanoseconds * t.method.passes
-                   for t in self.tensors if t.method) * 1e-9
-        return 2 + work / max(1, threads) + (self.bytes_read / 4 + self.bytes_written * 2) / 1e9 / min(2, max(1, threads))
+        work = (
+            sum(t.numel * len(t.inputs()) * t.method.nanoseconds * t.method.passes for t in self.tensors if t.method)
+            * 1e-9
+        )
+        return (
+            2
+            + 0.001 * len(self.tensors)
+            + work / max(1, threads)
+            + (self.bytes_read / 4 + self.bytes_written * 2) / 1e9 / min(2, max(1, threads))
+        )
 
     # -- what identifies it ---------------------------------------------------------------------------
 
@@ -123,7 +130,9 @@ class Plan:
             "recipe": json.loads(self.recipe.canonical_json()),
             "inputs": {key: model.identity() for key, model in self.models.items()},
             "vocabulary": self.vocabulary.digest,
-            "side_files": {name: hashlib.sha256(content).hexdigest() for name, content in self.side_files.files.items()},
+            "side_files": {
+                name: hashlib.sha256(content).hexdigest() for name, content in self.side_files.files.items()
+            },
             "files": [[f.name, f.size, hashlib.sha256(f.header).hexdigest()] for f in self.files],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -132,13 +141,23 @@ class Plan:
 
     def coefficients(self) -> list[dict[str, Any]]:
         """Effective coefficients: tensors with equal ones together, as {expert: value} and the tensors' names."""
-        groups: dict[tuple, list[str]] = {}
+        by_method: dict[int, tuple[Method, list[str]]] = {}
         for tensor in self.tensors:
-            if tensor.method is not None:
-                groups.setdefault(_describe(tensor.method), []).append(tensor.name)
-        return [{"tensors": len(names), "examples": names[:3], "shared": dict(shared), "experts": [dict(e) for e in experts],
-                 "effective": list(effective) if effective else None}
-                for (shared, experts, effective), names in groups.items()]
+            if tensor.method is not None:  # tensors with the same parameters share one object
+                by_method.setdefault(id(tensor.method), (tensor.method, []))[1].append(tensor.name)
+        groups: dict[tuple, list[str]] = {}
+        for method, names in by_method.values():
+            groups.setdefault(_describe(method), []).extend(names)
+        return [
+            {
+                "tensors": len(names),
+                "examples": names[:3],
+                "shared": dict(shared),
+                "experts": [dict(e) for e in experts],
+                "effective": list(effective) if effective else None,
+            }
+            for (shared, experts, effective), names in groups.items()
+        ]
 
     def as_dict(self, out: Path | None = None, threads: int = 1) -> dict[str, Any]:
         """Everything as JSON values (without the table of tensors)."""
@@ -147,9 +166,15 @@ class Plan:
             counts[tensor.action] = counts.get(tensor.action, 0) + 1
         return {
             "method": self.recipe.method,
-            "models": {key: {"opened": self.paths[key], "kind": model.kind, "tensors": len(model.tensors),
-                             "bytes": sum(s.numel * ITEM_BITS[s.dtype] // 8 for s in model.tensors.values())}
-                       for key, model in self.models.items()},
+            "models": {
+                key: {
+                    "opened": self.paths[key],
+                    "kind": model.kind,
+                    "tensors": len(model.tensors),
+                    "bytes": sum(s.numel * ITEM_BITS[s.dtype] // 8 for s in model.tensors.values()),
+                }
+                for key, model in self.models.items()
+            },
             "tensors": counts,
             "parameters": sum(t.numel for t in self.tensors),
             "dtypes": _tally(t.dtype for t in self.tensors),
@@ -200,8 +225,9 @@ def make_plan(
         files = lay_out(tensors, shard_size)
         side_files = _side_files(recipe, models, tensors, alignment, vocabulary)
         alignment.notes += side_files.notes
-        plan = Plan(recipe, models, paths, tensors, files, alignment, vocabulary, side_files, blockers,
-                    shard_size=shard_size)
+        plan = Plan(
+            recipe, models, paths, tensors, files, alignment, vocabulary, side_files, blockers, shard_size=shard_size
+        )
         plan.warnings += [*warnings, *_warnings(plan)]
         return plan
     except BaseException:
@@ -232,8 +258,11 @@ def open_models(
             models[model.key] = open_checkpoint(found.path, model.key, base=plain[model.model])
             if models[model.key].kind != "adapter":  # else its base would be ignored
                 raise InputError(
-                    "E_ADAPTER", f"{model.adapter} is not an adapter.", "It has no adapter_config.json.",
-                    "If it is a whole model, name it as model: and leave adapter: out.")
+                    "E_ADAPTER",
+                    f"{model.adapter} is not an adapter.",
+                    "It has no adapter_config.json.",
+                    "If it is a whole model, name it as model: and leave adapter: out.",
+                )
             paths[model.key] = f"{paths[model.model]}+{found.reference}"
             warnings += found.warnings
         return models, {key: paths[key] for key in models}, warnings
@@ -248,8 +277,15 @@ def open_models(
 
 def _plan_tensor(recipe: Recipe, tensor: Aligned, included: bool) -> TensorPlan:
     template = tensor.template
-    plain = TensorPlan(tensor.name, _output_dtype(recipe, template), template.shape, tensor.role.kind,
-                       tensor.role.block, "copy", [template])
+    plain = TensorPlan(
+        tensor.name,
+        _output_dtype(recipe, template),
+        template.shape,
+        tensor.role.kind,
+        tensor.role.block,
+        "copy",
+        [template],
+    )
     if template.dtype in COPIED_AS_THEY_ARE:
         if not tensor.keep:
             others = [s for s in (tensor.base, *tensor.experts) if s is not None and s is not template]
@@ -278,8 +314,9 @@ def _output_dtype(recipe: Recipe, template: Source) -> str:
 def _included(recipe: Recipe, tensor: Aligned) -> bool:
     """Does the recipe apply its method to this kind of tensor?"""
     include = recipe.include
-    choice = {"embed": include.embeddings, "head": include.head, "norm": include.norms,
-              "bias": include.biases}.get(tensor.role.kind)
+    choice = {"embed": include.embeddings, "head": include.head, "norm": include.norms, "bias": include.biases}.get(
+        tensor.role.kind
+    )
     return tensor.role.kind not in recipe.method_class.excluded_kinds if choice is None else choice
 
 
@@ -292,7 +329,9 @@ def _method(recipe: Recipe, tensor: Aligned) -> Method:
     if known is None or known[0] is not resolved:
         _check_size(resolved, tensor.name)
         known = cache[id(resolved)] = (
-            resolved, cls(cls.Shared(**resolved.shared), [cls.PerExpert(**e) for e in resolved.experts]))
+            resolved,
+            cls(cls.Shared(**resolved.shared), [cls.PerExpert(**e) for e in resolved.experts]),
+        )
         for value in known[1].coefficients() or ():
             _check_number("The effective coefficient", value, tensor.name)
     return known[1]
@@ -309,8 +348,11 @@ def _check_number(what: str, value: float, tensor: str) -> None:
     """Products and sums of what passes here stay in float32's range."""
     if not abs(value) <= LARGEST_NUMBER:
         raise RecipeError(
-            "E_RECIPE_FIELD", f"{what} of {tensor} is {value:.6g}, which is too large to compute with.",
-            f"Numbers up to {LARGEST_NUMBER:g} are.", "Check weights and lambda.")
+            "E_RECIPE_FIELD",
+            f"{what} of {tensor} is {value:.6g}, which is too large to compute with.",
+            f"Numbers up to {LARGEST_NUMBER:g} are.",
+            "Check weights and lambda.",
+        )
 
 
 def _shape_problems(alignment: Alignment, included: set[str]) -> list[AmalgamError]:
@@ -326,25 +368,38 @@ def _shape_problems(alignment: Alignment, included: set[str]) -> list[AmalgamErr
         return []
     first = different[0]
     listed = ", ".join(str(list(s.shape)) for s in (first.base, *first.experts) if s is not None)
-    return [InputError(
-        "E_SHAPE", f"Shapes differ: {some_of([t.name for t in different])}.", f"{first.name} is {listed}.",
-        "Only models of one architecture and size can be merged.")]
+    return [
+        InputError(
+            "E_SHAPE",
+            f"Shapes differ: {some_of([t.name for t in different])}.",
+            f"{first.name} is {listed}.",
+            "Only models of one architecture and size can be merged.",
+        )
+    ]
 
 
 def _check_whole_model(alignment: Alignment, tensors: Sequence[TensorPlan]) -> None:
     """A global rule ranks all tensors together: neither its parameters nor its models may differ between them."""
-    pairs = [(t.method.whole_model(), tuple(a.models))
-             for a, t in zip(alignment.tensors, tensors, strict=True) if t.method is not None]
+    pairs = [
+        (t.method.whole_model(), tuple(a.models))
+        for a, t in zip(alignment.tensors, tensors, strict=True)
+        if t.method is not None
+    ]
     rules = {rule for rule, _ in pairs}
     if len(rules) == 1 and None not in rules and len(set(pairs)) > 1:
         raise RecipeError(
-            "E_RECIPE_FIELD", "scope: global needs the same experts in all slices.",
-            "All entries of an expert are ranked together, against one threshold.", "Set scope: tensor.")
+            "E_RECIPE_FIELD",
+            "scope: global needs the same experts in all slices.",
+            "All entries of an expert are ranked together, against one threshold.",
+            "Set scope: tensor.",
+        )
     if len(rules) > 1:
         raise RecipeError(
-            "E_RECIPE_FIELD", "scope: global needs the same density (ratio, clip) for all tensors.",
+            "E_RECIPE_FIELD",
+            "scope: global needs the same density (ratio, clip) for all tensors.",
             "All entries of the model are ranked together, against one threshold.",
-            "Give one number instead of a gradient or filter list, or set scope: tensor.")
+            "Give one number instead of a gradient or filter list, or set scope: tensor.",
+        )
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -353,8 +408,12 @@ def _check_whole_model(alignment: Alignment, tensors: Sequence[TensorPlan]) -> N
 def lay_out(tensors: list[TensorPlan], shard_size: int) -> list[OutputFile]:
     """Shards of at most ``shard_size`` bytes (a larger tensor has one of its own), names and headers final."""
     if shard_size < 1_000_000:
-        raise OutputError("E_OUTPUT_NAME", f"A shard size of {shard_size} bytes is too small.", "",
-                          "Give at least 1MB, for example --shard-size 5GB.")
+        raise OutputError(
+            "E_OUTPUT_NAME",
+            f"A shard size of {shard_size} bytes is too small.",
+            "",
+            "Give at least 1MB, for example --shard-size 5GB.",
+        )
     shards: list[list[TensorPlan]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -396,15 +455,22 @@ def _side_files(
         dtype={code: name for name, code in DTYPES.items()}.get(dtype, "float32"),
         tied=None if alignment.has_head is None else not alignment.has_head,
         rows=vocabulary.rows,
-        blocks=[source.block or 0 for source in alignment.blocks] if recipe.slices is not None else None)
+        blocks=[source.block or 0 for source in alignment.blocks] if recipe.slices is not None else None,
+    )
     template: str | int | None = {"auto": "most"}.get(recipe.chat_template or "", recipe.chat_template)
     named = recipe.model_named(recipe.chat_template) if recipe.chat_template else None
     if named is not None and recipe.chat_template != "base":
         template = keys.index(named.key)
     folders = [m.base.path if m.base is not None and key == keys[0] else m.path for key, m in models.items()]
     return collect(
-        folders, keys, facts, 0, keys.index(vocabulary.tokenizer) if vocabulary.tokenizer else None,
-        vocabulary.added, template)
+        folders,
+        keys,
+        facts,
+        0,
+        keys.index(vocabulary.tokenizer) if vocabulary.tokenizer else None,
+        vocabulary.added,
+        template,
+    )
 
 
 # -- words --------------------------------------------------------------------------------------------------------
@@ -438,8 +504,11 @@ def _warnings(plan: Plan) -> list[str]:
         if same in digests:
             found.append(f"{key} and {digests[same]} are the same files.")
         digests.setdefault(same, key)
-    if plan.recipe.method_class.uses_base and plan.recipe.base is not None and all(
-            t.action == "copy" for t in plan.tensors):
+    if (
+        plan.recipe.method_class.uses_base
+        and plan.recipe.base is not None
+        and all(t.action == "copy" for t in plan.tensors)
+    ):
         found.append("Nothing is merged: every tensor is a copy. Check weights, lambda and include.")
     return found
 

@@ -38,15 +38,20 @@ def make_manifest(plan: Plan, device: str, survival: dict[str, Any] | None) -> d
 
 def versions() -> dict[str, str]:
     """This program, Python, and the libraries that touch the numbers."""
-    return {"amalgam": VERSION, "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "xxhash")}}
+    return {
+        "amalgam": VERSION,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "numpy", "xxhash")},
+    }
 
 
 def _survival_warning(survival: dict[str, Any] | None) -> list[str]:
     if survival is None or survival["survived"] >= 0.9:
         return []
-    return [f"The output's 16-bit type rounded {1 - survival['survived']:.0%} of the changed weights back to the base. "
-            "Use dtype: float32 to keep them."]
+    return [
+        f"The output's 16-bit type rounded {1 - survival['survived']:.0%} of the changed weights back to the base. "
+        "Use dtype: float32 to keep them."
+    ]
 
 
 def side_files(plan: Plan, title: str) -> dict[str, bytes]:
@@ -70,11 +75,21 @@ def card_facts(plan: Plan, title: str) -> CardFacts:
         lines.append(_line(plan, expert.key, "expert", _coefficients(groups, k, len(recipe.experts))))
     sizes = plan.as_dict()["dtypes"]
     return CardFacts(
-        title=title, method=recipe.method, method_title=method.title, method_idea=method.idea, paper=method.paper,
-        recipe_yaml=to_yaml(recipe), models=lines, dtype=", ".join(sizes),
-        parameters=sum(t.numel for t in plan.tensors), warnings=plan.warnings, notes=plan.alignment.notes,
-        versions=versions(), license=common_license([m.path for m in plan.models.values()]),
-        library_name="transformers" if "config.json" in plan.side_files.files else "")
+        title=title,
+        method=recipe.method,
+        method_title=method.title,
+        method_idea=method.idea,
+        paper=method.paper,
+        recipe_yaml=to_yaml(recipe),
+        models=lines,
+        dtype=", ".join(sizes),
+        parameters=sum(t.numel for t in plan.tensors),
+        warnings=plan.warnings,
+        notes=plan.alignment.notes,
+        versions=versions(),
+        license=common_license([m.path for m in plan.models.values()]),
+        library_name="transformers" if "config.json" in plan.side_files.files else "",
+    )
 
 
 def _line(plan: Plan, key: str, role: str, coefficients: str) -> ModelLine:
@@ -95,4 +110,6 @@ def _coefficients(groups: list[dict[str, Any]], k: int, count: int) -> str:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 ranges.setdefault(name, []).append(value)
     return ", ".join(
-        f"{name} {min(v):.4g}" if min(v) == max(v) else f"{name} {min(v):.4g} to {max(v):.4g}" for name, v in ranges.items())
+        f"{name} {min(v):.4g}" if min(v) == max(v) else f"{name} {min(v):.4g} to {max(v):.4g}"
+        for name, v in ranges.items()
+    )

@@ -134,8 +134,11 @@ def _rules(recipe: Recipe, keys: list[str]) -> dict[str, TokenRule]:
             rules[token] = TokenRule(None, force=rule.force)
             continue
         name = rule.source if isinstance(rule.source, str) else rule.source.model
-        row = None if isinstance(rule.source, str) else (
-            rule.source.token if rule.source.token is not None else rule.source.token_id)
+        row = (
+            None
+            if isinstance(rule.source, str)
+            else (rule.source.token if rule.source.token is not None else rule.source.token_id)
+        )
         model = recipe.model_named(name)
         if model is not None and model.key in keys:
             rules[token] = TokenRule(keys.index(model.key), row, rule.force)

@@ -19,6 +19,8 @@ from markdown_it.token import Token
 
 from merging import model_card as module
 from merging.model_card import CardFacts, ModelLine, common_license, escaped, front_matter, model_card
+from merging.recipe import Recipe
+from merging.recipe_yaml import load_recipe, to_yaml
 
 FACTS = CardFacts(
     title="My merge",
@@ -194,6 +196,22 @@ def test_recipes_stay_behind_their_fence_as_they_are(recipe: str) -> None:
     card = model_card(replace(FACTS, recipe_yaml=recipe))
     fences = [token for token in PARSER.parse(body_of(card)) if token.type == "fence"]
     assert fences[0].content == recipe and len(fences) == 2
+
+
+def test_the_recipe_in_a_card_makes_the_same_merge() -> None:
+    recipe = Recipe.parse(
+        {
+            "method": "ties",
+            "base": "./ba`se<b>",
+            "experts": [{"model": "org/one", "parameters": {"weight": 1e-05, "density": 0.2}}, "./ünï"],
+            "tokenizer": {"source": "union", "tokens": {"<|im_start|>": {"source": "org/one"}}},
+            "chat_template": "{% if a %}\n```<{{ b }}>\n{% endif %}\n\u202e",
+        }
+    )
+    card = model_card(replace(FACTS, recipe_yaml=to_yaml(recipe)))
+    fence = next(token for token in PARSER.parse(body_of(card)) if token.type == "fence")
+    assert "<" not in card and "\u202e" not in card
+    assert load_recipe(fence.content).recipe == recipe
 
 
 @pytest.mark.parametrize(

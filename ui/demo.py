@@ -36,8 +36,11 @@ def run_demo(keep: str | None = None, limit: int | None = None) -> int:
     experts: list[str] = settings["experts"]
     tasks = [_first(read_task(FOLDER / "tasks" / f"{name}.jsonl"), limit) for name in experts]
     models = {"base": FOLDER / "base"} | {f"expert {name}": FOLDER / "experts" / name for name in experts}
-    console.print(f"A tiny language model ({settings['parameters']:,} parameters) and {len(experts)} experts trained from "
-                  f"it, one per skill. Four ways to fold them into one model:\n", highlight=False)
+    console.print(
+        f"A tiny language model ({settings['parameters']:,} parameters) and {len(experts)} experts trained from "
+        f"it, one per skill. Four ways to fold them into one model:\n",
+        highlight=False,
+    )
     with _output(keep) as out:
         for merge in settings["merges"]:
             folder = out / merge["method"]
@@ -48,9 +51,11 @@ def run_demo(keep: str | None = None, limit: int | None = None) -> int:
             model = load_model(folder)
             scores[name] = {task.name: evaluate(model, task) for task in tasks}
         _print_table(console, scores, experts, settings["merges"])
-        console.print(f"\n{len(models)} models × {len(tasks)} tasks in {time.monotonic() - started:.0f} s, all on this "
-                      "machine. Mini-scale: figures of a toy language, to compare methods by, not to quote for large models.",
-                      highlight=False)
+        console.print(
+            f"\n{len(models)} models × {len(tasks)} tasks in {time.monotonic() - started:.0f} s, all on this "
+            "machine. Mini-scale: figures of a toy language, to compare methods by, not to quote for large models.",
+            highlight=False,
+        )
         if keep:
             console.print(f"The merged models are in {out}.", highlight=False)
     return 0
@@ -59,8 +64,9 @@ def run_demo(keep: str | None = None, limit: int | None = None) -> int:
 def _recipe(merge: dict[str, Any], experts: list[str]) -> dict[str, Any]:
     return {
         "base": str(FOLDER / "base"),
-        "experts": [{"model": str(FOLDER / "experts" / name), "name": name, "parameters": merge["experts"]}
-                    for name in experts],
+        "experts": [
+            {"model": str(FOLDER / "experts" / name), "name": name, "parameters": merge["experts"]} for name in experts
+        ],
         "method": merge["method"],
         "parameters": merge["parameters"],
     }
@@ -71,8 +77,11 @@ def _merge(console: Any, recipe: Recipe, name: str, folder: Path) -> None:
         result = run(plan, folder)
     report = verify(folder)
     report.raise_if_bad()
-    console.print(f"  {recipe.method_class.title:<18} {len(plan.tensors)} tensors merged in {result.seconds:.1f} s, "
-                  f"{report.files} files verified", highlight=False)
+    console.print(
+        f"  {recipe.method_class.title:<18} {len(plan.tensors)} tensors merged in {result.seconds:.1f} s, "
+        f"{report.files} files verified",
+        highlight=False,
+    )
 
 
 def _first(task: Task, limit: int | None) -> Task:
@@ -103,21 +112,34 @@ def _print_table(
 
     base, own = scores["base"], {name: scores[f"expert {name}"][name] for name in experts}
     items = next(iter(base.values())).total
-    table = Table(title=f"\nexact match on {items} held-out items per task (± half of the 95 % Wilson interval)",
-                  title_justify="left")
+    table = Table(
+        title=f"\nexact match on {items} held-out items per task (± half of the 95 % Wilson interval)",
+        title_justify="left",
+    )
     table.add_column("model")
     for name in [*experts, "mean", "gain kept: mean", "least"]:
         table.add_column(name, justify="right")
     for model, by_task in scores.items():
         facts = summary(base, own, by_task)
         cells = [_cell(by_task[name], model == f"expert {name}") for name in experts]
-        kept = ["", ""] if model == "base" or model.startswith("expert") else [
-            f"{facts.mean_gain_kept:.0%}", f"{facts.least_gain_kept:.0%}"]
-        table.add_row(_label(model, merges), *cells, f"{facts.mean:.3f}", *kept,
-                      end_section=model in ("base", f"expert {experts[-1]}"))
+        kept = (
+            ["", ""]
+            if model == "base" or model.startswith("expert")
+            else [f"{facts.mean_gain_kept:.0%}", f"{facts.least_gain_kept:.0%}"]
+        )
+        table.add_row(
+            _label(model, merges),
+            *cells,
+            f"{facts.mean:.3f}",
+            *kept,
+            end_section=model in ("base", f"expert {experts[-1]}"),
+        )
     console.print(table)
-    console.print("gain kept = (merge − base) / (expert − base), each task against its own expert. Negative: worse than "
-                  "the base.", highlight=False)
+    console.print(
+        "gain kept = (merge − base) / (expert − base), each task against its own expert. Negative: worse than "
+        "the base.",
+        highlight=False,
+    )
 
 
 def _cell(score: Score, is_own: bool) -> str:
@@ -130,5 +152,5 @@ def _label(model: str, merges: list[dict[str, Any]]) -> str:
     for merge in merges:
         if merge["method"] == model:
             values = merge["experts"] | merge["parameters"]
-            return f"{model} ({', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in values.items())})"
+            return f"{model} ({', '.join(f'{name} {value:g}' for name, value in values.items())})"
     return model

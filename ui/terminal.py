@@ -28,7 +28,12 @@ TERMINATED = 143
 def run_command(options: argparse.Namespace) -> int:
     """Run the command and turn every expected failure into a message and its exit code."""
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "demo": demo, "plan": plan, "merge": merge, "verify": verify, "errors": errors}
+        "demo": demo,
+        "plan": plan,
+        "merge": merge,
+        "verify": verify,
+        "errors": errors,
+    }
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
@@ -95,8 +100,15 @@ def merge(options: argparse.Namespace) -> int:
         with _stopping(terminated) as stop, _bar(options.quiet) as show:
             try:
                 result = engine.run(
-                    made, options.out, device=options.device, threads=options.threads, memory=options.memory,
-                    restart=options.restart, on_progress=show, stop=stop)
+                    made,
+                    options.out,
+                    device=options.device,
+                    threads=options.threads,
+                    memory=options.memory,
+                    restart=options.restart,
+                    on_progress=show,
+                    stop=stop,
+                )
             except AmalgamError as error:
                 if error.code == "E_CANCELLED" and terminated.is_set():
                     print_error(error)
@@ -104,12 +116,14 @@ def merge(options: argparse.Namespace) -> int:
                 raise
         if result.resumed:
             tell(f"Resumed: {result.resumed} of {len(made.tensors)} tensors were finished by an earlier run.")
-        for text in result.warnings[len(made.warnings):]:
+        for text in result.warnings[len(made.warnings) :]:
             tell(f"warning: {text}")
         survival = result.manifest["delta_survival"]
         if survival:
-            tell(f"Delta survival: {survival['survived']:.1%} of the changed weights (sampled) differ from the base "
-                 "after rounding to the output's type.")
+            tell(
+                f"Delta survival: {survival['survived']:.1%} of the changed weights (sampled) differ from the base "
+                "after rounding to the output's type."
+            )
         tell(f"Wrote {result.folder} ({made.bytes_written / 1e9:.2f} GB, verified) in {result.seconds:.1f} s.")
         return 0
 
@@ -121,8 +135,10 @@ def verify(options: argparse.Namespace) -> int:
     if options.json:
         say(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     elif report.ok:
-        say(f"{report.folder}: {report.files} files and {report.tensors} tensors ({report.bytes / 1e9:.2f} GB) are "
-            "as written.")
+        say(
+            f"{report.folder}: {report.files} files and {report.tensors} tensors ({report.bytes / 1e9:.2f} GB) are "
+            "as written."
+        )
     else:
         report.raise_if_bad()
     return 0 if report.ok else 6
@@ -198,8 +214,13 @@ def _bar(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
 
     from .console import stderr
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-               TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with RichProgress(*columns, console=stderr(), transient=True) as bar:
         task = bar.add_task("merging", rate="")
         last = [0.0]
@@ -228,8 +249,11 @@ class _Lines:
         self.last = now
         left = progress.seconds_left
         rate = progress.moved / 1e6 / (now - progress.started)
-        say(f"{progress.done / progress.total:4.0%}  {rate:,.0f} MB/s"
-            + (f"  {left:.0f} s left" if left is not None else ""), sys.stderr)
+        say(
+            f"{progress.done / progress.total:4.0%}  {rate:,.0f} MB/s"
+            + (f"  {left:.0f} s left" if left is not None else ""),
+            sys.stderr,
+        )
 
 
 @contextmanager
@@ -250,8 +274,15 @@ def _download_bar() -> Iterator[Callable[[int, int, str], None] | None]:
 
             from .console import stderr
 
-            state["bar"] = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-                                    TransferSpeedColumn(), TimeRemainingColumn(), console=stderr(), transient=True)
+            state["bar"] = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=stderr(),
+                transient=True,
+            )
             state["bar"].start()
             state["task"] = state["bar"].add_task("downloading")
         state["bar"].update(state["task"], total=total, completed=done, description=f"downloading {name}")
@@ -275,17 +306,28 @@ def print_plan(facts: dict[str, Any]) -> None:
         table.add_row(_plain(key), _plain(model["opened"]), str(model["tensors"]), f"{model['bytes'] / 1e9:.2f}")
     console.print(table)
     actions = ", ".join(f"{n} {a}" for a, n in facts["tensors"].items())
-    console.print(f"output      {facts['parameters']:,} parameters, tensors: {actions}, in {len(facts['files'])} file(s) "
-                  f"({', '.join(facts['dtypes'])})", highlight=False)
-    console.print(f"reads       {facts['bytes_read'] / 1e9:.2f} GB    writes  {facts['bytes_written'] / 1e9:.2f} GB    "
-                  f"disk free  {(facts['disk_free'] or 0) / 1e9:.1f} GB", highlight=False)
-    console.print(f"memory      {facts['memory'] / 1e6:.0f} MB with {facts['threads']} threads    "
-                  f"time  about {facts['seconds']:.0f} s on this CPU (estimate)", highlight=False)
+    console.print(
+        f"output      {facts['parameters']:,} parameters, tensors: {actions}, in {len(facts['files'])} file(s) "
+        f"({', '.join(facts['dtypes'])})",
+        highlight=False,
+    )
+    console.print(
+        f"reads       {facts['bytes_read'] / 1e9:.2f} GB    writes  {facts['bytes_written'] / 1e9:.2f} GB    "
+        f"disk free  {(facts['disk_free'] or 0) / 1e9:.1f} GB",
+        highlight=False,
+    )
+    console.print(
+        f"memory      {facts['memory'] / 1e6:.0f} MB with {facts['threads']} threads    "
+        f"time  about {facts['seconds']:.0f} s on this CPU (estimate)",
+        highlight=False,
+    )
     for group in facts["coefficients"][:8]:
         values = group["effective"]
         text = "effective " + ", ".join(f"{v:.4g}" for v in values) if values else _parameters(group)
-        console.print(f"coefficients  {text}  [dim]{group['tensors']} tensors, such as {_plain(group['examples'][0])}[/]",
-                      highlight=False)
+        console.print(
+            f"coefficients  {text}  [dim]{group['tensors']} tensors, such as {_plain(group['examples'][0])}[/]",
+            highlight=False,
+        )
     if len(facts["coefficients"]) > 8:
         console.print(f"… and {len(facts['coefficients']) - 8} more groups (see --json)")
     for text in facts["notes"]:

@@ -103,9 +103,16 @@ def _kind(name: str, rank: int, in_block: bool) -> str:
     return "head" if owner == ["output"] else "other"
 
 
+@lru_cache(maxsize=1 << 17)
+def block_number(name: str) -> int | None:
+    """The block that the tensor ``name`` is in; None outside of blocks."""
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else None
+
+
 def block_count(names: Iterable[str]) -> int:
     """Number of blocks: one more than the highest block number."""
-    return max((int(match[1]) for match in map(_BLOCK.search, names) if match), default=-1) + 1
+    return max((number for number in map(block_number, names) if number is not None), default=-1) + 1
 
 
 def rename_block(name: str, new_index: int) -> str:
@@ -118,7 +125,7 @@ def rename_block(name: str, new_index: int) -> str:
 
 def head_and_embedding(names: Iterable[str]) -> tuple[str | None, str | None]:
     """Names of the output head and of the token embedding (weights), each None if there is none."""
-    outside = [name for name in names if name.endswith(".weight") and _BLOCK.search(name) is None]
+    outside = [name for name in names if name.endswith(".weight") and block_number(name) is None]
     return _first(outside, _HEADS), _first(outside, _EMBEDDINGS)
 
 

@@ -99,8 +99,7 @@ def collect(
     else:
         if tokenizer != donor:
             _take_token_ids(config, _json(folders[tokenizer], CONFIG) or {}, names[tokenizer], result.notes)
-        edited = edit_config(config, facts, result.notes)
-        result.add(CONFIG, _dump(edited), names[donor])
+        result.add(CONFIG, _dump(edit_config(config, facts, result.notes)), names[donor])
     for name, content in _present(folders[donor], PROCESSOR_FILES).items():
         result.add(name, content, names[donor])
 
@@ -112,9 +111,7 @@ def collect(
     _place_template(result, folders, names, chat_template, donor, tokenizer)
     _place_generation_config(result, folders, names, donor, tokenizer)
 
-    left = sorted(
-        name for name in _listed(folders[donor]) if not _expected(name) and name not in result.files
-    )
+    left = sorted(n for n in _listed(folders[donor]) if not _expected(n) and n not in result.files)
     if config is not None and left:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         result.notes.append(f"Not copied from {names[donor]}: {', '.join(map(repr, left[:8]))}{more}.")
@@ -148,9 +145,7 @@ def edit_config(config: Mapping[str, Any], facts: OutputFacts, notes: list[str])
     if facts.blocks is not None:
         _restack(texts, list(facts.blocks), notes)
     if config.get("auto_map"):
-        notes.append(
-            "config.json asks for the model's own Python files (auto_map); such files are not copied."
-        )
+        notes.append("config.json asks for Python files of its own (auto_map); such files are not copied.")
     return result
 
 
@@ -179,9 +174,7 @@ def extend_tokenizer(
     entries = contents["tokenizer.json"].get("added_tokens") or []
     known = {entry["content"] for entry in entries}
     contents["tokenizer.json"]["added_tokens"] = entries + [
-        {"id": token.id, "content": token.text, **token.flags}
-        for token in (*listed, *added)
-        if token.text not in known
+        {"id": token.id, "content": token.text, **token.flags} for token in (*listed, *added) if token.text not in known
     ]
     decoder = contents.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
     if isinstance(decoder, dict):
@@ -234,9 +227,7 @@ def _restack(texts: list[dict[str, Any]], blocks: list[int], notes: list[str]) -
                 notes.append(f"{name!r} in config.json was put into the order of the output's blocks.")
         periods = [name for name in _PERIODS if part.get(name) is not None]
         if periods and blocks != list(range(len(blocks))):
-            notes.append(
-                f"Check {', '.join(periods)} in config.json: they count blocks, which were rearranged."
-            )
+            notes.append(f"Check {', '.join(periods)} in config.json: they count blocks, which were moved.")
 
 
 def _take_token_ids(config: dict[str, Any], other: Mapping[str, Any], origin: str, notes: list[str]) -> None:
@@ -349,9 +340,7 @@ def _place_generation_config(
         result.notes.append(f"{GENERATION} is that of {names[origin]}; {names[donor]} has none.")
     if origin is None:
         if contents:
-            result.notes.append(
-                f"{GENERATION} is not written: {names[donor]} has none, and the others differ."
-            )
+            result.notes.append(f"{GENERATION} is not written: {names[donor]} has none, the others' differ.")
         return
     result.add(GENERATION, contents[origin], names[origin])
     ends = {k: _end_tokens(content, str(folders[k] / GENERATION)) for k, content in contents.items()}
@@ -405,7 +394,5 @@ def _json(folder: Path, name: str) -> dict[str, Any] | None:
         value = parse_json(content, str(folder / name))
         if isinstance(value, dict):
             return value
-        raise InputError(
-            "E_JSON", f"{folder / name} is not a JSON object.", "", "Restore it from its source."
-        )
+        raise InputError("E_JSON", f"{folder / name} is no JSON object.", "", "Restore it from its source.")
     return None

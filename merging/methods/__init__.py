@@ -32,9 +32,11 @@ def get_method(name: str) -> type[Method]:
     if name not in METHODS:
         near = difflib.get_close_matches(str(name).lower().replace("-", "_"), METHODS, n=2, cutoff=0.5)
         raise RecipeError(
-            "E_RECIPE_METHOD", f"There is no method {name!r}.",
+            "E_RECIPE_METHOD",
+            f"There is no method {name!r}.",
             f"Did you mean {' or '.join(near)}?" if near else "",
-            f"Methods: {', '.join(METHODS)}.")
+            f"Methods: {', '.join(METHODS)}.",
+        )
     module, cls = METHODS[name].split(":")
     return getattr(importlib.import_module(f".{module}", __name__), cls)
 

@@ -56,12 +56,12 @@ class Workspace:
             self._buffers[name, dtype] = kept
         return kept[:size]
 
-
     def host_bytes(self, size: int) -> Tensor:
         """``size`` bytes of host memory to read files into; pinned if they go on to a CUDA device."""
         if self._host is None or self._host.numel() < size:
-            self._host = torch.empty(max(size, 8 * self.block_size), dtype=torch.uint8,
-                                     pin_memory=self.device.type == "cuda")
+            self._host = torch.empty(
+                max(size, 8 * self.block_size), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
         return self._host[:size]
 
 

@@ -39,7 +39,8 @@ class DareLinear(Method):
         lambda_: float = Field(1.0, alias="lambda", description="Factor on the merged task vector.")
         normalize: bool = Field(False, description="Divide by the sum of the weights.")
         rescale: Literal["inverse", "l1", "none"] = Field(
-            "inverse", description="Survivors times 1/density, times the measured L1 ratio, or as they are.")
+            "inverse", description="Survivors times 1/density, times the measured L1 ratio, or as they are."
+        )
 
     class PerExpert(Parameters):
         weight: float = Field(..., description="Factor on this expert's task vector.")
@@ -58,8 +59,7 @@ class DareLinear(Method):
         """The factor on the survivors, per tensor and expert."""
         if self.shared.rescale == "l1":
             return [self._l1_factors(parts) for parts in scan.map(self._l1_norms)]
-        factors = [1 / e.density if self.shared.rescale == "inverse" and e.density > 0 else 1.0
-                   for e in self.experts]
+        factors = [1 / e.density if self.shared.rescale == "inverse" and e.density > 0 else 1.0 for e in self.experts]
         return [factors for _ in scan.sizes]
 
     def _l1_norms(self, block: Block) -> list[tuple[float, float]]:

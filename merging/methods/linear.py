@@ -40,9 +40,11 @@ class Linear(Method):
         total = sum(weights)
         if abs(total) < 1e-8:
             raise RecipeError(
-                "E_RECIPE_FIELD", f"linear: the weights {weights} add up to zero.",
+                "E_RECIPE_FIELD",
+                f"linear: the weights {weights} add up to zero.",
                 "With normalize on they are divided by their sum.",
-                "Change the weights, or set normalize: false.")
+                "Change the weights, or set normalize: false.",
+            )
         return [w / total for w in weights]
 
     def copies(self) -> int | None:

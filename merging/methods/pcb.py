@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -65,9 +65,11 @@ class Pcb(Method):
         ratio: float = Field(0.2, gt=0, le=1, description="Share of each expert's entries that stays (r).")
         clip: float = Field(0.01, ge=0, lt=0.5, description="Share of extreme magnitudes clipped at each end (q).")
         variant: Literal["C", "A", "B", "paper"] = Field(
-            "C", description="How agreement is scored: the authors' three programs, or the printed formula.")
+            "C", description="How agreement is scored: the authors' three programs, or the printed formula."
+        )
         scope: Literal["tensor", "global"] = Field(
-            "tensor", description="Rank entries within each tensor, or within the whole model.")
+            "tensor", description="Rank entries within each tensor, or within the whole model."
+        )
 
     class PerExpert(Parameters):
         weight: float = Field(1.0, description="Factor on this expert's task vector (the paper's λ_k).")
@@ -112,14 +114,22 @@ class Pcb(Method):
             return limits
 
         seen = [limits for tensor in scan.map(extremes) for limits in tensor]
-        ranges = {pair: (min(s[p][0] for s in seen), max(s[p][1] for s in seen)) if seen else (0.0, 0.0)
-                  for p, pair in enumerate(pairs)}
+        ranges = {
+            pair: (min(s[p][0] for s in seen), max(s[p][1] for s in seen)) if seen else (0.0, 0.0)
+            for p, pair in enumerate(pairs)
+        }
 
         def sums(block: Block) -> list[float]:
             taus = block.task_vectors()
-            return [float(_exp_norm(block, taus[i], taus[j], ranges[i, j],
-                                    len(self.experts) if i == j and intra else 1).sum(dtype=torch.float64))
-                    for i, j in pairs for intra in ((False, True) if i == j else (False,))]
+            return [
+                float(
+                    _exp_norm(block, taus[i], taus[j], ranges[i, j], len(self.experts) if i == j and intra else 1).sum(
+                        dtype=torch.float64
+                    )
+                )
+                for i, j in pairs
+                for intra in ((False, True) if i == j else (False,))
+            ]
 
         parts = [s for tensor in scan.map(sums) for s in tensor]
         totals = iter([sum(column) for column in zip(*parts, strict=True)])
@@ -154,7 +164,8 @@ class Pcb(Method):
         """s_k = sign(τ_k)·n_k. Soft shrinkage is sign(τ)·max(|τ| − low, 0): clipping below and the minimum at once."""
         low, high = statistics.lows[k], statistics.highs[k]
         spread = float(torch.tensor(high, dtype=block.like.dtype) - low)
-        out = torch._C._nn.softshrink(block.task_vectors()[k], low, out=block.buffer(f"signed{k}"))
+        out = block.buffer(f"signed{k}")
+        torch.ops.aten.softshrink.out(block.task_vectors()[k], low, out=out)
         return out.clamp_(-spread, spread).mul_(1 / spread if spread > 0 else 0.0)
 
     def _scores_by_pairs(self, block: Block, signed: list[Tensor]) -> list[Tensor]:

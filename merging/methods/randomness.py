@@ -20,6 +20,7 @@ from .lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 def stream_key(seed: int, tensor: str, expert: int, purpose: str) -> np.ndarray:
     """128 key bits: the start of SHA-256 over everything that names the stream."""
     digest = hashlib.sha256(f"{seed}\0{tensor}\0{expert}\0{purpose}".encode()).digest()

@@ -59,8 +59,14 @@ Spread = Callable[[Callable[[TensorInputs, Workspace], Any], Sequence[TensorInpu
 class BlockScan:
     """A scan (see ``base.Scan``) over tensors made of readers."""
 
-    def __init__(self, tensors: Sequence[TensorInputs], workspace: Workspace, seed: int = 0,
-                 spread: Spread | None = None, pulse: Callable[[int], None] = lambda elements: None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[TensorInputs],
+        workspace: Workspace,
+        seed: int = 0,
+        spread: Spread | None = None,
+        pulse: Callable[[int], None] = lambda elements: None,
+    ) -> None:
         self.tensors, self.workspace, self.seed = tensors, workspace, seed
         self.spread = spread or (lambda function, items: [function(item, workspace) for item in items])
         self.pulse = pulse
@@ -124,9 +130,15 @@ def merge_tensors(
     for name, first in models[0].items():
         dtype = compute_dtype([m[name].dtype for m in models])
         with_base = base is not None and method.uses_base
-        inputs.append(TensorInputs(name, first.numel(), dtype,
-                                   memory_reader(base[name]) if with_base and base is not None else None,
-                                   [memory_reader(e[name]) for e in experts]))
+        inputs.append(
+            TensorInputs(
+                name,
+                first.numel(),
+                dtype,
+                memory_reader(base[name]) if with_base and base is not None else None,
+                [memory_reader(e[name]) for e in experts],
+            )
+        )
     inputs.sort(key=lambda tensor: tensor.name)
     groups = [inputs] if method.whole_model() is not None else [[i] for i in inputs]
     merged: dict[str, Tensor] = {}

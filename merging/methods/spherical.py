@@ -48,7 +48,10 @@ def gram_matrices(scan: Scan, task_vectors: bool, with_base: bool = False) -> li
 def slerp_coefficients(
     gram: np.ndarray, t: float, straight: Callable[[float], bool], norm: Callable[[float], float]
 ) -> list[float]:
-    """The factors of a and b in slerp(a, b, t); (1−t, t) where ``straight(cos φ)``. ``norm`` guards against tiny ones."""
+    """The factors of a and b in slerp(a, b, t); (1−t, t) where ``straight(cos φ)``.
+
+    ``norm`` says what a vector's length counts as, to guard against zero.
+    """
     norms = [norm(math.sqrt(max(gram[i, i], 0.0))) for i in (0, 1)]
     cosine = min(1.0, max(-1.0, gram[0, 1] / (norms[0] * norms[1])))
     if straight(cosine):
@@ -77,7 +80,11 @@ class Slerp(Method):
 
     def prepare(self, scan: Scan) -> list[list[float]]:
         grams = gram_matrices(scan, task_vectors=False, with_base=True)
-        return [slerp_coefficients(g, self.shared.t, lambda c: abs(c) > 0.9995, lambda n: n if n > 1e-8 else 1.0) for g in grams if g.size] or [[1.0, 0.0]]
+        return [
+            slerp_coefficients(g, self.shared.t, lambda c: abs(c) > 0.9995, lambda n: n if n > 1e-8 else 1.0)
+            for g in grams
+            if g.size
+        ] or [[1.0, 0.0]]
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
         assert block.base is not None
@@ -111,7 +118,9 @@ class NuSlerp(Method):
             return 1 - cosine * cosine <= 1e-16  # sin² φ, as in mergekit 0.1.5
 
         grams = gram_matrices(scan, task_vectors=scan.has_base)
-        return [slerp_coefficients(g, self.t, straight, lambda n: max(n, 1e-7)) if g.size else [0.0, 0.0] for g in grams]
+        return [
+            slerp_coefficients(g, self.t, straight, lambda n: max(n, 1e-7)) if g.size else [0.0, 0.0] for g in grams
+        ]
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
         return _sum_on_base(block, prepared)
@@ -121,8 +130,9 @@ class MultiSlerp(Method):
     """The weighted mean direction times the weighted mean norm.
 
     With u_k = x_k / |x_k|: θ = (Σ w_k u_k / |Σ w_k u_k|) · Σ w_k |x_k|, of the models, or of the task vectors if
-    there is a base. Where the directions cancel out (Σ w_k u_k = 0), the weighted sum of the x_k. The step through the tangent space that mergekit 0.1.5 takes adds nothing: the weighted
-    mean of the tangents at the mean direction is zero.
+    there is a base. Where the directions cancel out (Σ w_k u_k = 0), the weighted sum of the x_k. The step through
+    the tangent space that mergekit 0.1.5 takes adds nothing: the weighted mean of the tangents at the mean direction
+    is zero.
     """
 
     name = "multislerp"

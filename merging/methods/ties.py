@@ -35,7 +35,8 @@ class Ties(Method):
         lambda_: float = Field(1.0, alias="lambda", description="Factor on the merged task vector.")
         normalize: bool = Field(True, description="Divide by the sum of the agreeing weights (a mean).")
         scope: Literal["tensor", "global"] = Field(
-            "tensor", description="Trim each tensor by itself, or all of them against one threshold.")
+            "tensor", description="Trim each tensor by itself, or all of them against one threshold."
+        )
 
     class PerExpert(Parameters):
         weight: float = Field(1.0, description="Voice of this expert in the vote and in the mean.")

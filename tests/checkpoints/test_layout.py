@@ -76,7 +76,8 @@ OUTSIDE: dict[str, dict[str, str]] = {
     },
     "bert": {
         "bert.embeddings.word_embeddings.weight": "embed",
-        "bert.embeddings.position_embeddings.weight": "embed", "bert.embeddings.token_type_embeddings.weight": "embed", "bert.embeddings.LayerNorm.weight": "norm",
+        "bert.embeddings.position_embeddings.weight": "embed",
+        "bert.embeddings.token_type_embeddings.weight": "embed", "bert.embeddings.LayerNorm.weight": "norm",
         "bert.embeddings.LayerNorm.bias": "norm", "bert.pooler.dense.weight": "other",
         "bert.pooler.dense.bias": "bias", "classifier.weight": "head", "classifier.bias": "bias",
     },
@@ -115,7 +116,8 @@ def test_every_tensor_of_a_saved_model_has_its_role(kind: str, tmp_path: Path) -
 
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "vocab_size": 50,
 }  # fmt: skip
 
 

@@ -25,9 +25,7 @@ OTHER = "{{ messages[0]['content'] }}"
 
 
 def model(folder: Path, **files: Any) -> Path:
-    return folder_with(
-        folder, config_json={"model_type": "llama"}, tokenizer_json=tokenizer_json(WORDS), **files
-    )
+    return folder_with(folder, config_json={"model_type": "llama"}, tokenizer_json=tokenizer_json(WORDS), **files)
 
 
 def write(result: SideFiles, folder: Path) -> Path:
@@ -88,9 +86,7 @@ def config_of(result: SideFiles) -> dict[str, Any]:
     ],
     ids=range(13),
 )
-def test_config_describes_the_weights(
-    config: dict[str, Any], facts: OutputFacts, expected: dict[str, Any]
-) -> None:
+def test_config_describes_the_weights(config: dict[str, Any], facts: OutputFacts, expected: dict[str, Any]) -> None:
     before = copy.deepcopy(config)
     assert edit_config(config, facts, []) == expected
     assert config == before
@@ -168,9 +164,7 @@ def test_remote_code_is_pointed_out_and_never_copied(tmp_path: Path) -> None:
 # Whole models, loaded by transformers
 
 
-@pytest.mark.parametrize(
-    ("kind", "blocks"), [("qwen2", [0, 1, 0, 1, 1]), ("llama", [1]), ("gpt2", [1, 0, 1])]
-)
+@pytest.mark.parametrize(("kind", "blocks"), [("qwen2", [0, 1, 0, 1, 1]), ("llama", [1]), ("gpt2", [1, 0, 1])])
 def test_stacked_models_load(tmp_path: Path, kind: str, blocks: list[int]) -> None:
     base = tiny_models.build(kind, tmp_path / "base")
     weights = load_file(base / "model.safetensors")
@@ -216,9 +210,7 @@ def test_the_tie_flag_agrees_with_the_tensors(tmp_path: Path, untie: bool) -> No
     weights = load_file(base / "model.safetensors")
     head = weights["model.embed_tokens.weight"].clone() * (3 if untie else 1)
     out = write(collect([base], ["base"], OutputFacts("float32", tied=not untie)), tmp_path / "out")
-    save_file(
-        weights | ({"lm_head.weight": head} if untie else {}), out / "model.safetensors", {"format": "pt"}
-    )
+    save_file(weights | ({"lm_head.weight": head} if untie else {}), out / "model.safetensors", {"format": "pt"})
     expected = tiny_models.logits(base, "qwen2") * (3 if untie else 1)
     torch.testing.assert_close(tiny_models.logits(out, "qwen2"), expected)
 
@@ -236,9 +228,7 @@ def test_an_extended_vocabulary_works_in_transformers(tmp_path: Path) -> None:
         generation_config_json={"eos_token_id": 6},
     )
     found = align([read_vocabulary(base), read_vocabulary(chat)], [5, 7])
-    result = collect(
-        [base, chat], ["base", "chat"], OutputFacts("float32", rows=found.rows), added=found.added
-    )
+    result = collect([base, chat], ["base", "chat"], OutputFacts("float32", rows=found.rows), added=found.added)
     out = write(result, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.get_vocab() == {text: i for i, text in enumerate([*WORDS, "<|im_start|>", "<|im_end|>"])}
@@ -378,9 +368,7 @@ def test_the_chosen_template_is_what_transformers_sees(
         **({"chat_template_jinja": TEMPLATE} if place == "jinja" else {}),
     )
     if inside:
-        experts = [
-            model(tmp_path / f"e{i}", tokenizer_config_json=config | {"chat_template": OTHER}) for i in (1, 2)
-        ]
+        experts = [model(tmp_path / f"e{i}", tokenizer_config_json=config | {"chat_template": OTHER}) for i in (1, 2)]
     else:
         experts = [jinja(tmp_path / f"e{i}", OTHER, tokenizer_config_json=config) for i in (1, 2)]
     result = collect([base, *experts], ["base", "e1", "e2"], F32, chat_template=choice)
@@ -391,9 +379,7 @@ def test_templates_that_differ_need_a_choice(tmp_path: Path) -> None:
     folders = [jinja(tmp_path / "b", None), jinja(tmp_path / "x"), jinja(tmp_path / "y", OTHER)]
     result = collect(folders, ["b", "x", "y"], F32)
     assert "chat_template.jinja" not in result.files
-    assert (
-        "The chat templates of x, y differ, so none is written; choose one of these models." in result.notes
-    )
+    assert "The chat templates of x, y differ, so none is written; choose one of these models." in result.notes
 
 
 def test_template_bytes_are_those_of_the_source(tmp_path: Path) -> None:
@@ -453,10 +439,20 @@ def test_only_plain_files_are_copied(tmp_path: Path, name: str, what: str) -> No
     assert caught.value.code == "E_PATH"
 
 
+def test_the_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    plain = jinja(tmp_path / "plain")
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(plain.iterdir())):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert collect([snapshot], ["m"], F32) == collect([plain], ["m"], F32)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.json"])
-@pytest.mark.parametrize(
-    "content", ["", "[]", "3", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, "\ufeff{}"]
-)
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, "\ufeff{}"])
 def test_malformed_json_is_refused(tmp_path: Path, name: str, content: str) -> None:
     base = model(tmp_path)
     (base / name).write_text(content, encoding="utf-8")

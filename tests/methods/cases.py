@@ -50,8 +50,14 @@ def _sparse(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _ties(base: Any, experts: list[Any], shared: dict[str, Any], own: list[dict[str, Any]]) -> Any:
-    return reference.ties(base, experts, [e["weight"] for e in own], [e["density"] for e in own],
-                          shared.get("lambda", 1.0), shared.get("normalize", True))
+    return reference.ties(
+        base,
+        experts,
+        [e["weight"] for e in own],
+        [e["density"] for e in own],
+        shared.get("lambda", 1.0),
+        shared.get("normalize", True),
+    )
 
 
 def _slerp(base: Any, experts: list[Any], shared: dict[str, Any], own: list[dict[str, Any]]) -> Any:
@@ -71,8 +77,9 @@ def _passthrough(base: Any, experts: list[Any], shared: dict[str, Any], own: lis
 
 
 def _task_arithmetic(base: Any, experts: list[Any], shared: dict[str, Any], own: list[dict[str, Any]]) -> Any:
-    return reference.task_arithmetic(base, experts, [e["weight"] for e in own], shared.get("lambda", 1.0),
-                                     shared.get("normalize", False))
+    return reference.task_arithmetic(
+        base, experts, [e["weight"] for e in own], shared.get("lambda", 1.0), shared.get("normalize", False)
+    )
 
 
 def _linear(base: Any, experts: list[Any], shared: dict[str, Any], own: list[dict[str, Any]]) -> Any:
@@ -82,40 +89,135 @@ def _linear(base: Any, experts: list[Any], shared: dict[str, Any], own: list[dic
 def _pcb(base: Any, experts: list[Any], shared: dict[str, Any], own: list[dict[str, Any]]) -> Any:
     variant = shared.get("variant", "C")
     clip = 0.0 if variant == "paper" else shared.get("clip", 0.01)  # the printed formula does not clip
-    return reference.pcb(base, experts, shared.get("ratio", 0.2), 
-                         [e.get("weight", 1.0) * shared.get("lambda", 1.0) for e in own], clip, variant)
+    return reference.pcb(
+        base,
+        experts,
+        shared.get("ratio", 0.2),
+        [e.get("weight", 1.0) * shared.get("lambda", 1.0) for e in own],
+        clip,
+        variant,
+    )
 
 
 CASES = [
-    Case("linear", "linear", {"normalize": True}, lambda rng: {"weight": float(rng.uniform(0.1, 2))}, base=False,
-         off={"weight": 0.0}, alone={"weight": 1.0}, mean=True, oracle=_linear),
-    Case("linear-sum", "linear", {"normalize": False}, _weight, base=False, off={"weight": 0.0},
-         alone={"weight": 1.0}, mean=True, oracle=_linear),
+    Case(
+        "linear",
+        "linear",
+        {"normalize": True},
+        lambda rng: {"weight": float(rng.uniform(0.1, 2))},
+        base=False,
+        off={"weight": 0.0},
+        alone={"weight": 1.0},
+        mean=True,
+        oracle=_linear,
+    ),
+    Case(
+        "linear-sum",
+        "linear",
+        {"normalize": False},
+        _weight,
+        base=False,
+        off={"weight": 0.0},
+        alone={"weight": 1.0},
+        mean=True,
+        oracle=_linear,
+    ),
     Case("task_arithmetic", "task_arithmetic", {"lambda": 0.7}, _weight, off={"weight": 0.0}, oracle=_task_arithmetic),
-    Case("task_arithmetic-mean", "task_arithmetic", {"normalize": True}, lambda rng: {"weight": float(rng.uniform(0.1, 2))},
-         off={"weight": 0.0}, alone={"weight": 1.0}, mean=True, oracle=_task_arithmetic),
-    Case("ties", "ties", {}, _sparse, off={"weight": 0.0}, alone={"weight": 0.5, "density": 1.0}, mean=True,
-         oracle=_ties),
+    Case(
+        "task_arithmetic-mean",
+        "task_arithmetic",
+        {"normalize": True},
+        lambda rng: {"weight": float(rng.uniform(0.1, 2))},
+        off={"weight": 0.0},
+        alone={"weight": 1.0},
+        mean=True,
+        oracle=_task_arithmetic,
+    ),
+    Case(
+        "ties", "ties", {}, _sparse, off={"weight": 0.0}, alone={"weight": 0.5, "density": 1.0}, mean=True, oracle=_ties
+    ),
     Case("ties-sum", "ties", {"normalize": False, "lambda": 1.3}, _sparse, off={"density": 0.0}, oracle=_ties),
-    Case("ties-global", "ties", {"scope": "global"}, lambda rng: {"weight": 0.5, "density": 0.29},
-         off={"weight": 0.0, "density": 0.0}, oracle=_ties),
+    Case(
+        "ties-global",
+        "ties",
+        {"scope": "global"},
+        lambda rng: {"weight": 0.5, "density": 0.29},
+        off={"weight": 0.0, "density": 0.0},
+        oracle=_ties,
+    ),
     Case("dare_linear", "dare_linear", {}, _sparse, off={"weight": 0.0}, alone={"weight": 1.0, "density": 1.0}),
-    Case("dare_linear-l1", "dare_linear", {"rescale": "l1"}, _sparse, off={"density": 0.0, "weight": 1.0},
-         exact_sums=True, scales=False),
-    Case("dare_ties", "dare_ties", {"normalize": True}, _sparse, off={"weight": 0.0},
-         alone={"weight": 2.0, "density": 1.0}),
-    Case("slerp", "slerp", {"t": 0.3}, experts=(1, 1), exact_sums=True, scales=False,
-         oracle=_slerp),
-    Case("nuslerp", "nuslerp", {}, lambda rng: {"weight": float(rng.uniform(0.1, 2))}, experts=(2, 2),
-         off={"weight": 0.0}, alone={"weight": 1.0}, mean=True, exact_sums=True, oracle=_nuslerp),
-    Case("nuslerp-free", "nuslerp", {}, lambda rng: {"weight": float(rng.uniform(0.1, 2))}, experts=(2, 2), base=False,
-         off={"weight": 0.0}, alone={"weight": 1.0}, mean=True, exact_sums=True, oracle=_nuslerp),
-    Case("multislerp", "multislerp", {}, lambda rng: {"weight": float(rng.uniform(0.1, 2))}, experts=(2, 4),
-         mean=True, exact_sums=True, scales=False, oracle=_multislerp),
-    Case("passthrough", "passthrough", {}, lambda rng: {"scale": float(rng.choice([0.5, 2.0]))}, experts=(1, 1),
-         base=False, alone={}, oracle=_passthrough),
-    Case("pcb", "pcb", {"ratio": 0.3, "clip": 0.0}, lambda rng: {"weight": float(rng.uniform(0.5, 2))},
-         off={"weight": 0.0}, oracle=_pcb),
+    Case(
+        "dare_linear-l1",
+        "dare_linear",
+        {"rescale": "l1"},
+        _sparse,
+        off={"density": 0.0, "weight": 1.0},
+        exact_sums=True,
+        scales=False,
+    ),
+    Case(
+        "dare_ties",
+        "dare_ties",
+        {"normalize": True},
+        _sparse,
+        off={"weight": 0.0},
+        alone={"weight": 2.0, "density": 1.0},
+    ),
+    Case("slerp", "slerp", {"t": 0.3}, experts=(1, 1), exact_sums=True, scales=False, oracle=_slerp),
+    Case(
+        "nuslerp",
+        "nuslerp",
+        {},
+        lambda rng: {"weight": float(rng.uniform(0.1, 2))},
+        experts=(2, 2),
+        off={"weight": 0.0},
+        alone={"weight": 1.0},
+        mean=True,
+        exact_sums=True,
+        oracle=_nuslerp,
+    ),
+    Case(
+        "nuslerp-free",
+        "nuslerp",
+        {},
+        lambda rng: {"weight": float(rng.uniform(0.1, 2))},
+        experts=(2, 2),
+        base=False,
+        off={"weight": 0.0},
+        alone={"weight": 1.0},
+        mean=True,
+        exact_sums=True,
+        oracle=_nuslerp,
+    ),
+    Case(
+        "multislerp",
+        "multislerp",
+        {},
+        lambda rng: {"weight": float(rng.uniform(0.1, 2))},
+        experts=(2, 4),
+        mean=True,
+        exact_sums=True,
+        scales=False,
+        oracle=_multislerp,
+    ),
+    Case(
+        "passthrough",
+        "passthrough",
+        {},
+        lambda rng: {"scale": float(rng.choice([0.5, 2.0]))},
+        experts=(1, 1),
+        base=False,
+        alone={},
+        oracle=_passthrough,
+    ),
+    Case(
+        "pcb",
+        "pcb",
+        {"ratio": 0.3, "clip": 0.0},
+        lambda rng: {"weight": float(rng.uniform(0.5, 2))},
+        off={"weight": 0.0},
+        oracle=_pcb,
+    ),
     Case("pcb-clipped", "pcb", {"ratio": 0.5, "clip": 0.05, "lambda": 1.2}, off={"weight": 0.0}, oracle=_pcb),
     Case("pcb-A", "pcb", {"variant": "A"}, off={"weight": 0.0}, scales=False, oracle=_pcb),
     Case("pcb-B", "pcb", {"variant": "B"}, off={"weight": 0.0}, scales=False, oracle=_pcb),

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.methods.cases import BY_ID, CASES, Case
 
 from merging.errors import AmalgamError
 from merging.methods import Workspace, make
 from merging.methods.scan import merge_tensors
+from tests.methods.cases import BY_ID, CASES, Case
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 EXAMPLES = settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -49,15 +49,25 @@ class Knobs:
             base, deltas = base * 1e-6, [d * 1e-6 for d in deltas]
         dtype = DTYPES[self.dtype]
         first = torch.from_numpy(np.asarray(base)).to(dtype)
-        experts = [torch.where(torch.from_numpy(np.asarray(d)) == 0, first, (first.double() + torch.from_numpy(
-            np.asarray(d))).to(dtype)) for d in deltas]
+        experts = [
+            torch.where(
+                torch.from_numpy(np.asarray(d)) == 0,
+                first,
+                (first.double() + torch.from_numpy(np.asarray(d))).to(dtype),
+            )
+            for d in deltas
+        ]
         return first, experts
 
 
 knobs = st.builds(
-    Knobs, st.integers(0, 2**32), st.sampled_from([(), (0,), (1,), (7,), (40,), (5, 8), (3, 4, 5), (130,)]),
-    st.sampled_from(list(DTYPES)), st.integers(1, 4),
-    st.sampled_from(["normal", "grid", "sparse", "signed zeros", "tiny"]))
+    Knobs,
+    st.integers(0, 2**32),
+    st.sampled_from([(), (0,), (1,), (7,), (40,), (5, 8), (3, 4, 5), (130,)]),
+    st.sampled_from(list(DTYPES)),
+    st.integers(1, 4),
+    st.sampled_from(["normal", "grid", "sparse", "signed zeros", "tiny"]),
+)
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 
 
@@ -65,21 +75,29 @@ def count_for(case: Case, wish: int) -> int:
     return max(case.experts[0], min(case.experts[1], wish))
 
 
-def merge(case: Case, own: list[dict], base: torch.Tensor, experts: list[torch.Tensor], **options: object) -> torch.Tensor:
+def merge(
+    case: Case, own: list[dict], base: torch.Tensor, experts: list[torch.Tensor], **options: object
+) -> torch.Tensor:
     method = case.build(own)
     return merge_tensors(method, {"w": base} if case.base else None, [{"w": e} for e in experts], **options)["w"]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.dtype.itemsize]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    )
 
 
 def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Distance to the next number of ``dtype`` at the size of ``x``."""
     info = torch.finfo(dtype)
-    return torch.clamp(torch.exp2(torch.floor(torch.log2(x.abs().double().clamp(min=1e-300)))) * info.eps,
-                       min=info.smallest_normal * info.eps)
+    return torch.clamp(
+        torch.exp2(torch.floor(torch.log2(x.abs().double().clamp(min=1e-300)))) * info.eps,
+        min=info.smallest_normal * info.eps,
+    )
 
 
 def close(a: torch.Tensor, b: torch.Tensor, *scale: torch.Tensor, ulps: float = 1.01) -> bool:
@@ -124,7 +142,7 @@ def test_e3_unchanged_experts_give_the_base_x(case: Case, k: Knobs) -> None:
     base, experts = k.models(count_for(case, k.experts))
     own = case.draw(np.random.default_rng(k.seed), len(experts))
     merged = merge(case, own, base, [base.clone() for _ in experts])
-    if case.base and not (case.method == "slerp"):
+    if case.base and case.method != "slerp":
         assert same_bits(merged, base)
     elif case.id in ("linear", "slerp", "nuslerp-free"):
         assert close(merged, base) and (k.dtype == "f64" or torch.equal(merged, base))
@@ -138,10 +156,14 @@ def test_e4_copies_of_one_expert_give_that_expert(case: Case, k: Knobs) -> None:
         return
     base, (expert,) = k.models(1)
     count = count_for(case, max(2, k.experts))
-    own = [dict(drawn, weight=1 / count) | ({"density": 1.0} if "density" in drawn else {})
-           for drawn in case.draw(np.random.default_rng(k.seed), count)]
+    own = [
+        dict(drawn, weight=1 / count) | ({"density": 1.0} if "density" in drawn else {})
+        for drawn in case.draw(np.random.default_rng(k.seed), count)
+    ]
     merged = merge(case, own, base, [expert.clone() for _ in range(count)])
-    assert close(merged, expert, base, ulps=4.01 if case.exact_sums and k.dtype == "f64" else 2.01 if k.dtype == "f64" else 1.01)
+    assert close(
+        merged, expert, base, ulps=4.01 if case.exact_sums and k.dtype == "f64" else 2.01 if k.dtype == "f64" else 1.01
+    )
     if k.dtype in ("bf16", "f16", "f32") and not case.exact_sums:
         assert torch.equal(merged, expert)
 
@@ -218,7 +240,11 @@ def test_e8_scaling_the_task_vectors_scales_the_merge_x(case: Case, k: Knobs, po
 @given(k=knobs)
 @EXAMPLES
 def test_e9_moving_base_and_experts_moves_the_merge(case: Case, k: Knobs) -> None:
-    if k.dtype not in ("f32", "f64") or case.method in ("slerp", "passthrough") or case.id in ("nuslerp-free", "linear-sum"):
+    if (
+        k.dtype not in ("f32", "f64")
+        or case.method in ("slerp", "passthrough")
+        or case.id in ("nuslerp-free", "linear-sum")
+    ):
         return
     grid = Knobs(k.seed, k.shape, k.dtype, k.experts, "grid")
     base, experts = grid.models(count_for(case, k.experts))
@@ -242,7 +268,9 @@ def test_e10_negated_task_vectors_give_the_negated_merge(case: Case, k: Knobs) -
     plus, minus = merge(case, own, zero, deltas), merge(case, own, zero, [-d for d in deltas])
     different = plus.double() != -minus.double()
     # where the votes add up to zero, + is elected both times: only there may the two differ
-    assert int(different.sum()) <= (0 if k.kind == "normal" and case.method not in ("ties", "dare_ties") else plus.numel())
+    assert int(different.sum()) <= (
+        0 if k.kind == "normal" and case.method not in ("ties", "dare_ties") else plus.numel()
+    )
     if case.method in ("ties", "dare_ties") and k.kind == "normal" and len(experts) == 1:
         assert not bool(different.any())
 
@@ -257,8 +285,11 @@ def test_e11_and_e12_tensors_do_not_touch_each_other_nor_the_inputs_x(case: Case
     own = case.draw(np.random.default_rng(k.seed), len(experts))
     method = case.build(own)
     if method.whole_model() is None:
-        both = merge_tensors(method, {"w": base, "z": other} if case.base else None,
-                             [{"w": e, "z": o} for e, o in zip(experts, others, strict=True)])
+        both = merge_tensors(
+            method,
+            {"w": base, "z": other} if case.base else None,
+            [{"w": e, "z": o} for e, o in zip(experts, others, strict=True)],
+        )
         assert same_bits(both["w"], merge(case, own, base, experts))
     assert all(same_bits(a, b) for a, b in zip(kept, (base, *experts), strict=True))
 
@@ -313,7 +344,7 @@ def test_e13_every_parameter_matters_and_unknown_ones_are_refused(case: Case) ->
             if (case.method, name) in NO_EFFECT or (case.id, name) in NO_EFFECT:
                 continue
             for value in OTHER[name]:
-                changed = ([dict(own[0], **{name: value}), *own[1:]] if scope == "own" else own)
+                changed = [dict(own[0], **{name: value}), *own[1:]] if scope == "own" else own
                 try:
                     built = case.build(changed, **({name: value} if scope == "shared" else {}))
                 except ValueError:
@@ -328,9 +359,19 @@ def test_e13_every_parameter_matters_and_unknown_ones_are_refused(case: Case) ->
 
 
 OTHER = {
-    "weight": [0.123, 0.9], "density": [0.35, 0.07], "scale": [1.5], "lambda": [0.4], "normalize": [True, False],
-    "scope": ["global", "tensor"], "rescale": ["none", "inverse"], "t": [0.6], "normalize_weights": [False],
-    "eps": [0.5], "ratio": [0.11], "clip": [0.2], "variant": ["B", "C"],
+    "weight": [0.123, 0.9],
+    "density": [0.35, 0.07],
+    "scale": [1.5],
+    "lambda": [0.4],
+    "normalize": [True, False],
+    "scope": ["global", "tensor"],
+    "rescale": ["none", "inverse"],
+    "t": [0.6],
+    "normalize_weights": [False],
+    "eps": [0.5],
+    "ratio": [0.11],
+    "clip": [0.2],
+    "variant": ["B", "C"],
 }
 # One tensor cannot tell global from per tensor; clipping plays no part in the formula as printed.
 NO_EFFECT = {("ties", "scope"), ("pcb", "scope"), ("pcb-paper", "clip")}
@@ -358,7 +399,8 @@ def test_the_golden_values() -> None:
         assert delta("pcb", {"ratio": 0.5, "clip": 0, "variant": variant}, [{}, {}]) == golden(values)
     walked = merge_tensors(make("slerp", {"t": 0.3}, [{}]), {"w": first}, [{"w": second}])["w"]
     assert walked.tolist() == golden(
-        [1.354323, -0.990105, 0.595413, -0.677162, 2.209488, -1.613345, -0.535927, 0.269897])
+        [1.354323, -0.990105, 0.595413, -0.677162, 2.209488, -1.613345, -0.535927, 0.269897]
+    )
 
 
 def test_opposite_weights_in_linear_are_refused() -> None:
