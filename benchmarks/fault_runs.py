@@ -100,7 +100,7 @@ class Runs:
     def reference(self, recipe: Path) -> Path:
         """An undisturbed merge."""
         if recipe not in self.references:
-            out = self.scratch / f"reference-{recipe.stem}"
+            out = self.scratch / f"reference-{recipe.stem}" / "model"  # the model card tells the name
             done = merge(recipe, out)
             if done.returncode:
                 raise Failure(f"the undisturbed merge failed: {done.stderr}")

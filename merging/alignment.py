@@ -49,10 +49,12 @@ class Aligned:
     slice_index: int | None = None
     keep: bool = False
     """Not merged: copied from the base (or the first expert) whatever the method."""
+    dtype: str = ""
+    """The type that the template is stored in: an adapter and a rearranged embedding are read in a wider one."""
 
     @property
     def template(self) -> Source:
-        """The source that an unmerged tensor is copied from, and whose shape and dtype are the output's."""
+        """The source that an unmerged tensor is copied from, and whose shape is the output's."""
         return self.base if self.base is not None else self.experts[0]
 
 
@@ -215,7 +217,7 @@ def _add(
     models = ([place.base.model] if place.base and base is not None else []) + [p.model for p in present]
     result.tensors.append(Aligned(
         name, role(name, template.shape), base, sources, [p.name for p in present], models,
-        place.t, place.slice_index, keep))  # fmt: skip
+        place.t, place.slice_index, keep, getattr(template, "below", template).dtype))  # fmt: skip
 
 
 class _Mismatch(InputError):

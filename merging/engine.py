@@ -35,6 +35,7 @@ from .publishing import make_manifest, side_files
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NO_MEMORY = re.compile("out of memory|not enough memory|allocate memory|start new thread")
 CHUNK = 1 << 20
 """Bytes per read when tensors are only copied or compared."""
 SURVIVAL_EVERY = 8
@@ -103,7 +104,10 @@ def run(
         if wish.is_set():
             raise Cancelled()
 
-    with OutputFolder.open(Path(out), plan.files, plan.hash, discard=restart, progress=check) as folder:
+    with (
+        _memory_errors("the start of the work"),
+        OutputFolder.open(Path(out), plan.files, plan.hash, discard=restart, progress=check) as folder,
+    ):
         resumed = len(folder.done)
         merge = _Merge(plan, folder, device, threads, progress, on_progress, wish)
         merge.run()
@@ -181,6 +185,7 @@ class _Merge:
         fair = sum(t.numel for t in todo) // (8 * self.threads) + 1
         todo.sort(key=lambda t: -t.numel if t.numel > fair else 0)
         self.spread(self.merge_tensor, todo)
+        self.pulse(self.progress.total)  # the passes were an estimate
 
     def prepare_whole_model(self, tensors: Sequence[TensorPlan]) -> None:
         """Exact global rules look at all tensors before the first is merged, in an order that no file decides."""
@@ -400,11 +405,11 @@ def _place(source: Source) -> str:
 
 @contextmanager
 def _memory_errors(what: str) -> Iterator[None]:
-    """When there is none left, Python raises MemoryError, and torch RuntimeError or a subclass of it."""
+    """When there is none left, Python raises MemoryError, and torch and threads RuntimeError or a subclass."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory", str(error)):
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
         raise OutputError(
             "E_MEMORY", f"Out of memory at {what}.", str(error).splitlines()[0] if str(error) else "",

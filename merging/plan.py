@@ -22,11 +22,13 @@ from .checkpoints.checkpoint import Checkpoint, Source, open_checkpoint
 from .checkpoints.disk import free_bytes
 from .checkpoints.header import ITEM_BITS, build_header
 from .checkpoints.hub import resolve
+from .checkpoints.layout import is_tied
 from .checkpoints.output import OutputFile
 from .checkpoints.side_files import OutputFacts, SideFiles, collect
 from .errors import AmalgamError, InputError, OutputError, RecipeError
 from .methods import BLOCK, Method
 from .recipe import Recipe
+from .recipe_parts import RESERVED
 from .recipe_parameters import Resolved
 from .vocabularies import VocabularyPlan, align_vocabularies
 
@@ -279,7 +281,7 @@ def _plan_tensor(recipe: Recipe, tensor: Aligned, included: bool) -> TensorPlan:
     template = tensor.template
     plain = TensorPlan(
         tensor.name,
-        _output_dtype(recipe, template),
+        _output_dtype(recipe, tensor),
         template.shape,
         tensor.role.kind,
         tensor.role.block,
@@ -305,9 +307,9 @@ def _plan_tensor(recipe: Recipe, tensor: Aligned, included: bool) -> TensorPlan:
     return plain
 
 
-def _output_dtype(recipe: Recipe, template: Source) -> str:
-    if template.dtype in COPIED_AS_THEY_ARE or recipe.dtype is None:
-        return template.dtype
+def _output_dtype(recipe: Recipe, tensor: Aligned) -> str:
+    if tensor.dtype in COPIED_AS_THEY_ARE or recipe.dtype is None:
+        return tensor.dtype
     return DTYPES[recipe.dtype]
 
 
@@ -453,13 +455,13 @@ def _side_files(
     dtype = max(sizes, key=lambda d: sizes[d], default="F32")
     facts = OutputFacts(
         dtype={code: name for name, code in DTYPES.items()}.get(dtype, "float32"),
-        tied=None if alignment.has_head is None else not alignment.has_head,
+        tied=_tied(models[keys[0]].config, alignment),
         rows=vocabulary.rows,
         blocks=[source.block or 0 for source in alignment.blocks] if recipe.slices is not None else None,
     )
-    template: str | int | None = {"auto": "most"}.get(recipe.chat_template or "", recipe.chat_template)
-    named = recipe.model_named(recipe.chat_template) if recipe.chat_template else None
-    if named is not None and recipe.chat_template != "base":
+    template: str | int = recipe.chat_template
+    named = None if template in RESERVED else recipe.model_named(recipe.chat_template)
+    if named is not None:
         template = keys.index(named.key)
     folders = [m.base.path if m.base is not None and key == keys[0] else m.path for key, m in models.items()]
     return collect(
@@ -471,6 +473,13 @@ def _side_files(
         vocabulary.added,
         template,
     )
+
+
+def _tied(config: dict[str, Any] | None, alignment: Alignment) -> bool | None:
+    """What config.json must say about the head: untied if the output has one; None if it is no language model."""
+    if alignment.has_head:
+        return False
+    return True if is_tied(config, [t.name for t in alignment.tensors]) else None
 
 
 # -- words --------------------------------------------------------------------------------------------------------

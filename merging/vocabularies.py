@@ -100,7 +100,7 @@ def _same_files(folders: Sequence[Path]) -> bool:
     """Are all tokenizer files byte for byte the same?"""
 
     def content(folder: Path) -> list[bytes | None]:
-        return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in _FILES[:-1]]
+        return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in _FILES]
 
     distinct = list(dict.fromkeys(folders))
     if len(distinct) < 2:

@@ -64,9 +64,8 @@ class LowRankSource:
         if right is None:
             right = self._right()
             _cache.put((self, "right"), right, right.numel() * 8)
-        product = (self._left(first, last) @ right).numpy().reshape(-1)
         weight = read_float64(self.below, first * self.columns, last * self.columns)
-        weight += product * self.scale
+        weight += (self._left(first, last) @ right).numpy().reshape(-1)
         with np.errstate(over="ignore"):  # what does not fit becomes infinite; the merge reports it
             return weight.astype(np.float32 if self.dtype == "F32" else np.float64)
 
@@ -77,16 +76,13 @@ class LowRankSource:
         return _matrix(read_float64(self.a, 0, self.a.numel).reshape(self.rank, self.columns))
 
     def _left(self, first: int, last: int) -> torch.Tensor:
-        """The factor that belongs to rows [first, last): rows of B, or columns of A.
-
-        Shape (last - first, rank).
-        """
+        """The factor of rows [first, last), times the scale: rows of B, or columns of A. Shape (rows, rank)."""
         if self.transposed:
-            lines = [
-                read_float64(self.a, k * self.rows + first, k * self.rows + last) for k in range(self.rank)
-            ]
-            return _matrix(np.stack(lines, axis=1))
-        return _matrix(read_float64(self.b, first * self.rank, last * self.rank).reshape(-1, self.rank))
+            offsets = range(0, self.a.numel, self.rows)
+            values = np.stack([read_float64(self.a, at + first, at + last) for at in offsets], axis=1)
+        else:
+            values = read_float64(self.b, first * self.rank, last * self.rank).reshape(-1, self.rank)
+        return _matrix(values * self.scale)
 
 
 def _matrix(values: np.ndarray) -> torch.Tensor:

@@ -24,7 +24,7 @@ from .lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 1 << 16
+BLOCK = 1 << 15
 """Elements in a block. Part of the numerics (N5): changing it may change last bits of norms."""
 
 DEVICE_BLOCK = 1 << 22
@@ -52,9 +52,9 @@ class Workspace:
         """A 1-D tensor of ``size`` elements with arbitrary content; the same name gives the same memory."""
         kept = self._buffers.get((name, dtype))
         if kept is None or kept.numel() < size:
-            kept = torch.empty(max(size, BLOCK), dtype=dtype, device=self.device)
+            kept = torch.empty(size, dtype=dtype, device=self.device)
             self._buffers[name, dtype] = kept
-        return kept[:size]
+        return kept if kept.numel() == size else kept[:size]
 
     def host_bytes(self, size: int) -> Tensor:
         """``size`` bytes of host memory to read files into; pinned if they go on to a CUDA device."""

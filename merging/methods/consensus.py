@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .base import Block
@@ -19,14 +20,10 @@ def agreeing_sum(block: Block, vectors: list[Tensor], factors: list[float], shar
     zero by 1. Source: Yadav et al. (TIES, arXiv 2306.01708) in the weighted form of mergekit 0.1.5.
     """
     used = [k for k, f in enumerate(factors) if f]
-    agreed = block.buffer("agreed").zero_()
     if not used:
-        return agreed
-    direction, share = block.buffer("direction").zero_(), block.buffer("share")
-    for k in used:
-        direction.add_(vectors[k], alpha=factors[k])
+        return block.buffer("agreed").zero_()
+    direction = sum_into(block.buffer("direction"), [(vectors[k], factors[k]) for k in used])
     torch.ge(direction, 0, out=direction).mul_(2).sub_(1)
-    total = block.buffer("total").zero_() if shares is not None else None
     for k in used:
         # the entry in the elected direction: positive if it agrees (negative, for a negative factor)
         along = vectors[k].mul_(direction)
@@ -34,13 +31,24 @@ def agreeing_sum(block: Block, vectors: list[Tensor], factors: list[float], shar
             along.clamp_(min=0)
         else:
             along.clamp_(max=0)
-        agreed.add_(along, alpha=factors[k])
-        if total is not None and shares is not None:
-            total.add_(torch.ne(along, 0, out=share), alpha=shares[k])
-    if total is not None and shares is not None:
-        if min(shares[k] for k in used) > 0:  # zero only where nobody agrees, and there the sum is zero too
-            total.clamp_(min=min(shares[k] for k in used))
+    agreed = sum_into(block.buffer("agreed"), [(vectors[k], factors[k]) for k in used])
+    if shares is not None:
+        for k in used:
+            torch.ne(vectors[k], 0, out=vectors[k])
+        total = sum_into(block.buffer("total"), [(vectors[k], shares[k]) for k in used])
+        least = min(shares[k] for k in used)
+        if least > 0:  # zero only where nobody agrees, and there the sum is zero too
+            total.clamp_(min=least)
         else:
-            total.add_(torch.eq(total, 0, out=share))
+            total.add_(torch.eq(total, 0, out=block.buffer("nobody")))
         agreed.div_(total)
     return agreed.mul_(direction)
+
+
+def sum_into(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Σ factor · vector over at least one term, in the listed order."""
+    (first, factor), *others = terms
+    torch.mul(first, factor, out=out)
+    for vector, factor in others:
+        out.add_(vector, alpha=factor)
+    return out

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ..errors import RecipeError
 from .base import Block, Method, Parameters
+from .consensus import sum_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,5 @@ class Linear(Method):
 
 def weighted_sum(block: Block, inputs: list[Tensor], coefficients: list[float]) -> Tensor:
     """Σ c_k x_k in the listed order; inputs with coefficient 0 are not touched (N2)."""
-    result = block.buffer("sum").zero_()
-    for x, c in zip(inputs, coefficients, strict=True):
-        if c:
-            result.add_(x, alpha=c)
-    return result
+    used = [(x, c) for x, c in zip(inputs, coefficients, strict=True) if c]
+    return sum_into(block.buffer("sum"), used) if used else block.buffer("sum").zero_()

@@ -163,7 +163,7 @@ class Pcb(Method):
     def _signed(self, block: Block, k: int, statistics: Statistics) -> Tensor:
         """s_k = sign(τ_k)·n_k. Soft shrinkage is sign(τ)·max(|τ| − low, 0): clipping below and the minimum at once."""
         low, high = statistics.lows[k], statistics.highs[k]
-        spread = float(torch.tensor(high, dtype=block.like.dtype) - low)
+        spread = high - low
         out = block.buffer(f"signed{k}")
         torch.ops.aten.softshrink.out(block.task_vectors()[k], low, out=out)
         return out.clamp_(-spread, spread).mul_(1 / spread if spread > 0 else 0.0)

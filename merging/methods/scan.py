@@ -92,7 +92,7 @@ class BlockScan:
         return self.spread(one, self.tensors)
 
     def sample(self, function: Callable[[Block], R], size: int) -> list[R]:
-        total, piece = sum(self.sizes), 1024
+        total, piece = sum(self.sizes), 2048
         pieces = max(1, min(size, total) // piece)
         step = max(1, total // pieces)
         results, offset, at = [], 0, step // 2

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE = 1 << 17
-"""Elements of the first sample of each series (or a sixteenth of all, if that is less)."""
+"""Elements of the first sample of each series (or a 24th of all, if that is less)."""
 COLLECT = 1 << 21
 """Elements that are collected at most, over all searches together (8 or 16 MB)."""
 FEW = 4
@@ -56,6 +56,10 @@ class _Search:
     high: Any = math.inf
     values: list[Any] = field(default_factory=list)
     """If not empty: the only candidates seen in the interval; they are counted, nothing is collected."""
+    heavy_ends: bool = False
+    """Do many elements equal an end of the interval? They are counted then, not collected."""
+    last: bool = False
+    """Looks for the largest element: no interval needed."""
     found: OrderStatistic | None = None
 
 
@@ -75,6 +79,8 @@ def order_statistics(
         return [[OrderStatistic(0.0, 0, 0) for _ in wanted] for wanted in ranks]
     searches = [[_Search(s, min(max(r, 0), total - 1)) for r in wanted] for s, wanted in enumerate(ranks)]
     pending = [search for group in searches for search in group]
+    for search in pending:
+        search.last = search.rank == total - 1
     if total > 4 * BLOCK:
         _first_guess(scan, keys, pending, total)
     while pending:
@@ -84,7 +90,7 @@ def order_statistics(
 
 
 def _first_guess(scan: Scan, keys: Callable, pending: list[_Search], total: int) -> None:
-    """Intervals from a sample: the rank's place in it, widened by ten standard deviations and a little
+    """Intervals from a sample: the rank's place in it, widened by eight standard deviations and a little
     (elements come in runs, which are less telling than as many single ones)."""
     wanted = sorted({search.series for search in pending})
 
@@ -92,10 +98,11 @@ def _first_guess(scan: Scan, keys: Callable, pending: list[_Search], total: int)
         tensors = keys(block)
         return [to_numpy(tensors[s]).copy() for s in wanted]
 
-    pieces = scan.sample(look, min(SAMPLE, total // 16))
+    pieces = scan.sample(look, min(SAMPLE, total // 24))
     samples = {s: np.sort(np.concatenate([piece[i] for piece in pieces])) for i, s in enumerate(wanted)}
     for search in pending:
-        _focus(search, samples[search.series], (search.rank + 0.5) / total, deviations=10)
+        if not search.last:
+            _focus(search, samples[search.series], (search.rank + 0.5) / total, deviations=8)
 
 
 def _focus(search: _Search, ordered: np.ndarray, share: float, deviations: float) -> None:
@@ -107,6 +114,10 @@ def _focus(search: _Search, ordered: np.ndarray, share: float, deviations: float
         search.low = max(search.low, ordered[first])
     if last < n:
         search.high = min(search.high, ordered[last])
+    search.heavy_ends = any(
+        np.searchsorted(ordered, end, "right") - np.searchsorted(ordered, end, "left") > n // 256
+        for end in (search.low, search.high)
+    )
     inside = ordered[max(first, 0) : last + 1]
     edges = np.flatnonzero(np.diff(inside)) if len(inside) else inside
     search.values = [inside[0], *inside[edges + 1]] if len(inside) and len(edges) < FEW else []
@@ -122,6 +133,11 @@ def _narrow(scan: Scan, keys: Callable, pending: list[_Search]) -> None:
 
     seen = [block for tensor in scan.map(look) for block in tensor]
     for i, search in enumerate(pending):
+        if search.last:
+            tops, equal = zip(*((block[i][1][0], block[i][0][0]) for block in seen), strict=True)
+            number = sum(n for n, top in zip(equal, tops, strict=True) if top == max(tops))
+            search.found = OrderStatistic(float(max(tops)), sum(scan.sizes) - number, number)
+            continue
         counts = [sum(column) for column in zip(*(block[i][0] for block in seen), strict=True)]
         if search.values:
             _settle_among_values(search, counts)
@@ -130,22 +146,40 @@ def _narrow(scan: Scan, keys: Callable, pending: list[_Search]) -> None:
 
 
 def _look(x: np.ndarray, search: _Search, share: float) -> tuple[list[int], np.ndarray]:
-    """For a search among values: for each, how many are below and how many not above it. Otherwise: how many
-    are below the interval, how many inside, and those inside (thinned out evenly if more than ``share`` of all)."""
+    """Counts of one block, and the elements inside the interval (thinned out evenly if more than ``share`` of all).
+
+    A search among values gets for each value how many elements are below and how many not above it. The others get
+    how many are below low, not above low, below high, not above high, and the elements strictly between; where the
+    ends are not heavy they count as inside, which saves two comparisons.
+    """
+    if search.last:
+        top = x.max(keepdims=True)
+        return [int(np.count_nonzero(x == top))], top
     if search.values:
         counts = []
         for value in search.values:
             counts += [int(np.count_nonzero(x < value)), int(np.count_nonzero(x <= value))]
         return counts, x[:0]
-    inside = x >= search.low
-    below = x.size - int(np.count_nonzero(inside))
-    if search.high < math.inf:
-        inside &= x <= search.high
-    count = int(np.count_nonzero(inside))
+    if not search.heavy_ends:
+        inside = x >= search.low
+        below = x.size - int(np.count_nonzero(inside))
+        if search.high < math.inf:
+            inside &= x <= search.high
+        found = x[inside]
+        room = max(64, int(share * x.size))
+        thin = found[:: -(-found.size // room)] if found.size > room else found
+        return [below, below, below + found.size, below + found.size], thin
+    above_low, below_high = x > search.low, x < search.high
+    counts = [
+        int(np.count_nonzero(x < search.low)),
+        x.size - int(np.count_nonzero(above_low)),
+        int(np.count_nonzero(below_high)),
+        int(np.count_nonzero(x <= search.high)),
+    ]
+    above_low &= below_high
+    found = x[above_low] if counts[2] > counts[1] else x[:0]
     room = max(64, int(share * x.size))
-    if count > room:
-        return [below, count], x[inside][:: -(-count // room)]
-    return [below, count], x[inside]
+    return counts, found[:: -(-found.size // room)] if found.size > room else found
 
 
 def _settle_among_values(search: _Search, counts: list[int]) -> None:
@@ -162,16 +196,21 @@ def _settle_among_values(search: _Search, counts: list[int]) -> None:
 
 
 def _settle_among_collected(search: _Search, counts: list[int], collected: np.ndarray) -> None:
-    below, inside = counts
-    place = search.rank - below
-    if place < 0:
+    below_low, through_low, below_high, through_high = counts
+    place, inside = search.rank - through_low, below_high - through_low
+    if search.rank < below_low:
         search.low, search.high = -math.inf, _neighbour(search.low, -math.inf)
-    elif place >= inside:
+    elif search.rank < through_low:
+        search.found = OrderStatistic(float(search.low), below_low, through_low - below_low)
+    elif search.rank >= through_high:
         search.low, search.high = _neighbour(search.high, math.inf), math.inf
+    elif search.rank >= below_high:
+        search.found = OrderStatistic(float(search.high), below_high, through_high - below_high)
     elif len(collected) == inside:
         value = np.partition(collected, place)[place]
         smaller = int(np.count_nonzero(collected < value))
-        search.found = OrderStatistic(float(value), below + smaller, int(np.count_nonzero(collected == value)))
+        equal = int(np.count_nonzero(collected == value))
+        search.found = OrderStatistic(float(value), through_low + smaller, equal)
     else:
         before = (search.low, search.high)
         collected.sort()

@@ -28,6 +28,7 @@ class Threshold:
     """Entries with |τ| above this stay."""
     quota: int
     """So many entries with |τ| equal to it stay too, the first ones."""
+    _below: float | None = None
 
     def trim(self, tau: Tensor, scratch: Tensor) -> Tensor:
         """Zero what falls away, in place. Blocks of a tensor must come in order."""
@@ -42,7 +43,14 @@ class Threshold:
             tau[beyond] = 0
             on_threshold = self.quota
         self.quota -= on_threshold
-        return _shrink(tau, _just_below(self.value, tau.dtype))
+        return _shrink(tau, self.just_below(tau.dtype))
+
+    def just_below(self, dtype: object) -> float:
+        """The number before ``value`` in the task vector's type."""
+        if self._below is None:
+            kind = np.float32 if dtype == torch.float32 else np.float64
+            self._below = float(np.nextafter(kind(self.value), kind(0)))
+        return self._below
 
 
 KEEP_ALL = -1.0
@@ -51,11 +59,6 @@ KEEP_ALL = -1.0
 def _shrink(tau: Tensor, limit: float) -> Tensor:
     """Zero all entries with |τ| ≤ limit (limit ≥ 0)."""
     return torch.hardshrink(tau, limit, out=tau)
-
-
-def _just_below(value: float, dtype: object) -> float:
-    kind = np.float32 if dtype == torch.float32 else np.float64
-    return float(np.nextafter(kind(value), kind(0)))
 
 
 def count_kept(density: float, size: int) -> int:

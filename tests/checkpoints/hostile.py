@@ -93,6 +93,7 @@ def sparse(size: int, name: str = "model.safetensors") -> Callable[[Path], Path]
 
 
 CASES["header of 31 MB of zeros"] = Case(sparse(31_000_000), "E_HEADER_JSON")
+CASES["header of 900 MB of zeros"] = Case(sparse(900_000_000), "E_HEADER_SIZE")
 CASES["header of 33 MB of zeros"] = Case(sparse(33_000_000), "E_HEADER_SIZE")
 
 # 2. Where the bytes lie.
@@ -114,6 +115,18 @@ header(
 header(
     "offsets as true",
     {"a": {"dtype": "U8", "shape": [1], "data_offsets": [False, True]}},
+    "E_HEADER_TENSOR",
+    1,
+)
+header(
+    "first offset as false",
+    {"a": {"dtype": "U8", "shape": [1], "data_offsets": [False, 1]}},
+    "E_HEADER_TENSOR",
+    1,
+)
+header(
+    "last offset as true",
+    {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, True]}},
     "E_HEADER_TENSOR",
     1,
 )
@@ -141,6 +154,8 @@ header("shape as a number", {"a": entry(0, 8, 2)}, "E_HEADER_TENSOR")
 header("shape in a list", {"a": entry(0, 8, [[2]])}, "E_HEADER_TENSOR")
 header("product that overflows", {"a": entry(0, 8, [2**62, 2**62])}, "E_HEADER_TENSOR")
 header("dimension 2^60", {"a": entry(0, 8, [2**60])}, "E_HEADER_TENSOR")
+header("zero times 2^40", {"a": entry(0, 0, [0, 2**40])}, None, 0)
+header("zero times 2^40 + 1", {"a": entry(0, 0, [0, 2**40 + 1])}, "E_HEADER_TENSOR", 0)
 header("zero times 2^60", {"a": entry(0, 0, [0, 2**60])}, "E_HEADER_TENSOR", 0)
 header("zero times 2^63", {"a": entry(0, 0, [0, 2**63])}, "E_HEADER_TENSOR", 0)
 header("zero times 2^64 - 1", {"a": entry(0, 0, [0, 2**64 - 1])}, "E_HEADER_TENSOR", 0)
@@ -275,6 +290,7 @@ header("name with NUL", {"a\0b": entry(0, 8)}, "E_HEADER_NAME")
 header("name with a newline", {"a\nb": entry(0, 8)}, "E_HEADER_NAME")
 header("name with an escape sequence", {"\x1b[2Ja": entry(0, 8)}, "E_HEADER_NAME")
 header("name with delete", {"a\x7fb": entry(0, 8)}, "E_HEADER_NAME")
+text("name with a bare delete", f'{{"a\x7fb":{A}}}', "E_HEADER_NAME")
 header("name that runs from right to left", {"a\u202eb": entry(0, 8)}, "E_HEADER_NAME")
 header("name with an isolate", {"a\u2066b": entry(0, 8)}, "E_HEADER_NAME")
 header("name with a space of no width", {"a\u200bb": entry(0, 8)}, "E_HEADER_NAME")

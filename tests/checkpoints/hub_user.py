@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints.stand_in_hub import SIGNATURE, StandInHub
+from tests.checkpoints.stand_in_hub import PIECE, SIGNATURE, StandInHub
 
 ROOT = Path(__file__).resolve().parents[2]
 ANN, BOB = "hf_canaryAnnAnnAnnAnnAnnAnnAnnAnnAnn", "hf_canaryBobBobBobBobBobBobBobBobBob"
 SECRETS = (ANN, BOB, SIGNATURE)
+
+WEIGHTS = random.Random(0).randbytes(40 * PIECE)
+LARGE, SMALL = "model.safetensors", "config.json"
+FILES = {LARGE: WEIGHTS, SMALL: b'{"model_type": "llama"}'}
 
 WORKER = """
 import json, logging, os, sys
@@ -124,3 +129,15 @@ class User:
         self._home.cleanup()
         for token in (ANN, BOB):
             assert token not in text
+
+
+def asked(hub: StandInHub, name: str, file: str) -> list[str]:
+    """The Range header of each request for the bytes of ``file``."""
+    start = f"/store/{name}/" if file == LARGE else f"/{name}/resolve/"
+    return [one.range for one in hub.log if one.path.startswith(start) and one.path.endswith(f"/{file}")]
+
+
+def right(answer: dict) -> bool:
+    """Whether the answer's folder holds FILES, byte for byte."""
+    folder = Path(answer["path"])
+    return all((folder / file).read_bytes() == content for file, content in FILES.items())
