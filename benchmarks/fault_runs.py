@@ -47,6 +47,9 @@ SHARDS = ["--shard-size", "4MB"]
 ABOUT_THE_RUN = {"created", "delta_survival", "warnings", "files", "manifest_sha256"}  # of the manifest
 
 
+Ended = subprocess.CompletedProcess[str]
+
+
 class Failure(Exception):
     """A fault that did not end as it must."""
 
@@ -149,7 +152,7 @@ def command(recipe: Path, out: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def start(recipe: Path, out: Path, *more: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -159,11 +162,17 @@ def start(recipe: Path, out: Path, *more: str, before: tuple[str, ...] = ()) -> 
     )  # fmt: skip
 
 
-def merge(
-    recipe: Path, out: Path, *more: str, before: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    process = start(recipe, out, *more, before=before)
-    _, err = process.communicate(timeout=600)
+def merge(recipe: Path, out: Path, *more: str, before: tuple[str, ...] = ()) -> Ended:
+    return ended(start(recipe, out, *more, before=before))
+
+
+def ended(process: subprocess.Popen[str], limit: float = 300) -> Ended:
+    """Wait for the end. A process that hangs is made to print where (PYTHONFAULTHANDLER), and is a failure."""
+    try:
+        _, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise Failure(f"it hung for {limit} s: {process.communicate()[1]}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, "", err)
 
 
@@ -173,15 +182,13 @@ def facts(out: Path) -> dict[str, Any]:
     wanted = {key: value for key, value in manifest.items() if key not in ABOUT_THE_RUN}
     for name, entry in manifest["files"].items():
         if name == "README.md":  # it may tell the time of the run
-            wanted[name] = re.sub(
-                r"\d{4}-\d\d-\d\d[T ]?[\d:+.]*", "", (out / name).read_text(encoding="utf-8")
-            )
+            wanted[name] = re.sub(r"\d{4}-\d\d-\d\d[T ]?[\d:+.]*", "", (out / name).read_text(encoding="utf-8"))
         else:
             wanted[name] = entry
     return wanted
 
 
-def must_refuse(done: subprocess.CompletedProcess[str], exit_code: int, code: str, out: Path) -> None:
+def must_refuse(done: Ended, exit_code: int, code: str, out: Path) -> None:
     """The run must have ended with this exit code and error code, and nothing may be visible."""
     if done.returncode != exit_code or f"[{code}]" not in done.stderr:
         raise Failure(f"exit code {done.returncode} instead of {exit_code} [{code}]: {done.stderr[-2000:]}")
@@ -295,11 +302,10 @@ def stops(runs: Runs) -> str:
         wait_for_tensors(process, out, 1)
         began = time.monotonic()
         process.send_signal(number_of_signal)
-        _, err = process.communicate(timeout=60)
+        stopped = ended(process)
         slowest = max(slowest, time.monotonic() - began)
-        if process.returncode != 0:  # it may have been too late
-            ended = subprocess.CompletedProcess(process.args, process.returncode, "", err)
-            must_refuse(ended, exit_code, "E_CANCELLED", out)
+        if stopped.returncode != 0:  # it may have been too late
+            must_refuse(stopped, exit_code, "E_CANCELLED", out)
             if not claims(out):
                 raise Failure("finished tensors were not kept")
             done = merge(recipe, out)
@@ -319,10 +325,11 @@ def races(runs: Runs) -> str:
         runs.reference(recipe)
         with Observer(out):
             processes = [start(recipe, out) for _ in range(3)]
-            ended = [(process.communicate()[1], process.returncode) for process in processes]
-        if sorted(code for _, code in ended) != [0, 5, 5]:
-            raise Failure(str(ended))
-        endings.update("E_BUSY" if "[E_BUSY]" in err else "E_OUTPUT_EXISTS" for err, code in ended if code)
+            endeds = [ended(process) for process in processes]
+        if sorted(one.returncode for one in endeds) != [0, 5, 5]:
+            raise Failure(str(endeds))
+        losers = [one for one in endeds if one.returncode]
+        endings.update("E_BUSY" if "[E_BUSY]" in one.stderr else "E_OUTPUT_EXISTS" for one in losers)
         runs.check(recipe, out)
     return f"   {sum(endings.values()) // 2} races; the losers: {dict(endings)}"
 
@@ -346,11 +353,10 @@ def inputs(runs: Runs) -> str:
             with path.open("r+b") as file:
                 file.seek(len(original) // 2)
                 file.write(b"?")
-        _, err = process.communicate(timeout=120)
-        late = process.returncode == 0  # it had read all before, and published
+        done = ended(process)
+        late = done.returncode == 0  # it had read all before, and published
         if not late:
-            ended = subprocess.CompletedProcess(process.args, process.returncode, "", err)
-            must_refuse(ended, 3, "E_INPUT_CHANGED", out)
+            must_refuse(done, 3, "E_INPUT_CHANGED", out)
         outcomes["too late" if late else ["cut off", "replaced", "overwritten"][number % 3]] += 1
         path.unlink()
         path.write_bytes(original)
@@ -376,9 +382,7 @@ def disks(runs: Runs) -> str:
             raise Failure("a disk that is too small was filled all the same")
     outcomes["refused at once"] += 1
     weights = sum(path.stat().st_size for path in runs.reference(recipe).glob("*.safetensors"))
-    for room in range(
-        weights, size + 100_000, 16_384
-    ):  # enough for the weights; then for ever more of the rest
+    for room in range(weights, size + 100_000, 16_384):  # enough for the weights; then for ever more of the rest
         with disk(runs.scratch / "disk", room) as folder:
             out = folder / "parent" / "model"
             done = merge(recipe, out)
@@ -454,9 +458,7 @@ def calls(runs: Runs) -> str:
                         raise Failure(f"{rule}: the next run failed: {again.stderr}")
                 runs.check(recipe, out)
     lines = "\n".join(f"     {count:4} x {name}" for name, count in sorted(outcomes.items()))
-    return (
-        f"   {sum(outcomes.values())} faults, none visible and wrong, all well after the next run:\n{lines}"
-    )
+    return f"   {sum(outcomes.values())} faults, none visible and wrong, all well after the next run:\n{lines}"
 
 
 def count_calls(recipe: Path, out: Path) -> dict[str, int]:

@@ -9,11 +9,11 @@ a resume change a bit.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from .checkpoints.checkpoint import Source
 from .checkpoints.header import ITEM_BITS, TORCH_NAMES
 from .checkpoints.output import OutputFolder
 from .cores import available_cores
 from .errors import Cancelled, InputError, NumbersError, OutputError
 from .methods import Method, Workspace
 from .methods.lazy_torch import torch
-from .methods.scan import BlockScan, Reader, TensorInputs, compute_dtype, round_into
+from .methods.scan import BlockScan, TensorInputs, compute_dtype, round_into
 from .plan import Plan, TensorPlan
 from .publishing import make_manifest, side_files
+from .reading import SourceReader, place_of_source, refuse_non_finite
+from .workers import can_fork, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,7 +165,6 @@ class _Merge:
     ) -> None:  # fmt: skip
         self.plan, self.folder, self.device, self.threads = plan, folder, device, threads
         self.progress, self.on_progress, self.stop = progress, on_progress, stop
-        self.failed = threading.Event()
         self.survival = _Survival()
         self.lock = threading.Lock()
         self.local = threading.local()
@@ -184,7 +184,7 @@ class _Merge:
         # The largest first, so that no worker is left alone with one at the end; the rest in file order.
         fair = sum(t.numel for t in todo) // (8 * self.threads) + 1
         todo.sort(key=lambda t: -t.numel if t.numel > fair else 0)
-        self.spread(self.merge_tensor, todo)
+        self.spread(self.merge_tensor, todo, self.finish_tensor)
         self.pulse(self.progress.total)  # the passes were an estimate
 
     def prepare_whole_model(self, tensors: Sequence[TensorPlan]) -> None:
@@ -194,28 +194,25 @@ class _Merge:
         method = tensors[0].method
         assert method is not None
 
-        def spread(function: Callable[[TensorInputs, Workspace], Any], items: Sequence[TensorInputs]) -> list:
+        def on_workers(function: Callable[[TensorInputs, Workspace], Any], items: Sequence[TensorInputs]) -> list:
             return self.spread(lambda item: function(item, self.workspace()), items)
 
         with _memory_errors("the thresholds of the whole model"):
-            scan = BlockScan(inputs, self.workspace(), self.seed, spread, self.pulse)
+            scan = BlockScan(inputs, self.workspace(), self.seed, on_workers, self.pulse)
             for tensor, known in zip(tensors, method.prepare(scan), strict=True):
                 self.prepared[tensor.name] = known
 
-    def spread(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list:
-        """``function`` of each item on the workers, results in order; the first error ends it all."""
-        if self.threads == 1 or len(items) < 2:
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(self.threads) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                return [f.result() for f in futures]
-            except BaseException as error:
-                self.failed.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                # a worker that noticed ``failed`` says Cancelled; the cause is what somebody else raised
-                raise next((e for f in futures if f.done() and not f.cancelled()
-                            for e in [f.exception()] if e and not isinstance(e, Cancelled)), error) from None
+    def spread(
+        self, work: Callable[[Any], Any], items: Sequence[Any],
+        finished: Callable[[Any, Any], None] = lambda item, result: None,
+    ) -> list:  # fmt: skip
+        """``work`` of each item on the workers; see ``workers.spread``."""
+
+        def told_work(item: Any, told: Callable[[int, int], None]) -> Any:
+            self.local.told = told
+            return work(item)
+
+        return spread(told_work, items, self.threads, can_fork(self.device), self.count, self.stop, finished)
 
     def workspace(self) -> Workspace:
         if not hasattr(self.local, "workspace"):
@@ -223,9 +220,14 @@ class _Merge:
         return self.local.workspace
 
     def pulse(self, elements: int, moved: int = 0) -> None:
-        """After each block: count, tell, and see whether to stop."""
-        if self.stop.is_set() or self.failed.is_set():
+        """After each block, in the worker: say so, and see whether to stop."""
+        if self.stop.is_set():
             raise Cancelled()
+        told = getattr(self.local, "told", self.count)
+        told(elements, moved)
+
+    def count(self, elements: int, moved: int) -> None:
+        """Progress, in the caller's process."""
         with self.lock:
             self.progress.done = min(self.progress.done + elements, self.progress.total)
             self.progress.moved += moved
@@ -234,8 +236,9 @@ class _Merge:
 
     # -- one tensor ------------------------------------------------------------------------------------
 
-    def merge_tensor(self, tensor: TensorPlan) -> None:
-        self.progress.tensor = tensor.name
+    def merge_tensor(self, tensor: TensorPlan) -> tuple[str, int, int]:
+        """In a worker: checksum of the written bytes; changed entries counted, and how many of them were lost."""
+        self.local.survival = _Survival()
         with _memory_errors(tensor.name):
             if tensor.method is None and all(s.dtype == tensor.dtype for s in tensor.sources):
                 checksum = self.copy(tensor)
@@ -243,7 +246,15 @@ class _Merge:
                 checksum = self.convert(tensor)
             else:
                 checksum = self.combine(tensor, tensor.method)
-        self.folder.complete(tensor.name, checksum)
+        return checksum, self.local.survival.changed, self.local.survival.lost
+
+    def finish_tensor(self, tensor: TensorPlan, result: tuple[str, int, int]) -> None:
+        checksum, changed, lost = result
+        with self.lock:
+            self.progress.tensor = tensor.name
+            self.survival.changed += changed
+            self.survival.lost += lost
+            self.folder.complete(tensor.name, checksum)
 
     def copy(self, tensor: TensorPlan) -> str:
         """Bytes as they are; integers must be the same in all sources."""
@@ -261,7 +272,7 @@ class _Merge:
                 if other[: len(view)] != view:
                     raise InputError(
                         "E_INTEGER_DIFFERS", f"{tensor.name} ({tensor.dtype}) is not the same in all models.",
-                        f"Integers and bools cannot be averaged, and{_place(first)} and{_place(source)} differ.",
+                        f"Integers and bools cannot be averaged, and{place_of_source(first)} and{place_of_source(source)} differ.",
                         "Check that the models belong together.")
             checksum.update(view)
             self.folder.write(tensor.name, start * size, view)
@@ -310,14 +321,15 @@ class _Merge:
         blank = scan and not refuse
         return TensorInputs(
             tensor.name, tensor.numel, dtype,
-            None if tensor.base is None else _reader(tensor.base, check, blank),
-            [_reader(s, check, blank) for s in (tensor.sources if tensor.method else tensor.sources[:1])])
+            None if tensor.base is None else SourceReader(tensor.base, 0, check, blank),
+            [SourceReader(s, k, check, blank)
+             for k, s in enumerate(tensor.sources if tensor.method else tensor.sources[:1], 1)])
 
     # -- numbers ---------------------------------------------------------------------------------------
 
     def check_numbers(self, tensor: TensorPlan, start: int, result: Tensor, host: Tensor) -> None:
         """A sum shows any NaN or infinity; only then is looked closer."""
-        if bool(torch.isfinite(host.sum(dtype=torch.float32 if host.dtype == torch.float16 else None))):
+        if math.isfinite(float(host.sum(dtype=torch.float32 if host.dtype == torch.float16 else None))):
             return
         policies = self.plan.recipe.policies
         before, after = torch.isfinite(result).cpu(), torch.isfinite(host)
@@ -325,7 +337,7 @@ class _Merge:
         if broken.numel() and policies.non_finite == "refuse":
             place = start + int(broken[0])
             for source in tensor.inputs():
-                _find_non_finite(source, place)
+                refuse_non_finite(source, place)
             raise NumbersError(
                 "E_NOT_FINITE", f"{tensor.name}: element {place} is not a finite number.",
                 "The arithmetic left the range of its type.", "Check weights and lambda.")
@@ -343,9 +355,8 @@ class _Merge:
         before = workspace.buffer("before", result.numel(), host.dtype).copy_(base)
         stored = workspace.buffer("stored", result.numel(), result.dtype).copy_(host)
         kept = int(torch.ne(stored, base.copy_(before), out=flags).sum())
-        with self.lock:
-            self.survival.changed += changed
-            self.survival.lost += max(0, changed - kept)
+        self.local.survival.changed += changed
+        self.local.survival.lost += max(0, changed - kept)
 
     def delta_survival(self) -> dict[str, Any] | None:
         """The share of changed entries that the output's dtype did not round back to the base; None if not measured."""
@@ -363,44 +374,6 @@ def _on_host(workspace: Workspace, result: Tensor, dtype: Any) -> Tensor:
     out = workspace.buffer("output", result.numel(), dtype)
     round_into(out, result)
     return out if out.device.type == "cpu" else out.cpu()
-
-
-def _reader(source: Source, check: bool, blank: bool) -> Reader:
-    """Reads a source through the workspace's byte buffer into a compute tensor. ``check``: refuse what is not
-    finite; ``blank``: make it 0."""
-    dtype, size = getattr(torch, TORCH_NAMES[source.dtype]), ITEM_BITS[source.dtype] // 8
-
-    def read(start: int, out: Tensor, workspace: Workspace) -> None:
-        raw = workspace.host_bytes(out.numel() * size)
-        source.read(start, start + out.numel(), raw.numpy().data)
-        out.copy_(raw.view(dtype))
-        if blank:
-            out.nan_to_num_(0.0, 0.0, 0.0)
-        if check and not bool(torch.isfinite(out.sum())):
-            _find_non_finite(source, start, out)
-
-    return read
-
-
-def _find_non_finite(source: Source, start: int, values: Tensor | None = None) -> None:
-    """Raise E_NOT_FINITE if the values (or the one element at ``start``) hold a NaN or an infinity."""
-    if values is None:
-        raw = torch.empty(ITEM_BITS[source.dtype] // 8, dtype=torch.uint8)
-        source.read(start, start + 1, raw.numpy().data)
-        values = raw.view(getattr(torch, TORCH_NAMES[source.dtype]))
-    wrong = torch.nonzero(~torch.isfinite(values)).flatten()
-    if wrong.numel():
-        place, value = start + int(wrong[0]), float(values[int(wrong[0])])
-        raise NumbersError(
-            "E_NOT_FINITE", f"{source.name}: element {place} is {value} in{_place(source)}.",
-            "NaN and infinity spread through a merge and ruin the model.",
-            "Use another checkpoint, or set policies.non_finite: propagate if you mean it.")
-
-
-def _place(source: Source) -> str:
-    """" <file>" of a tensor, or as much as is known."""
-    where = getattr(getattr(source, "file", None), "path", None)
-    return f" {where}" if where else " one of the models"
 
 
 @contextmanager

@@ -56,6 +56,7 @@ FAMILIES: dict[int, dict[str, str]] = {
         "E_RESUME": "unfinished work cannot be resumed",
         "E_MEMORY": "the memory limit is too small for this merge",
         "E_DEVICE": "the compute device is not available",
+        "E_WORKER": "a worker process ended unexpectedly",
     },
     6: {  # verification
         "E_VERIFY": "bytes differ from what was written",
@@ -89,6 +90,10 @@ class AmalgamError(Exception):
     @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.code]
+
+    def __reduce__(self) -> tuple:
+        """Worker processes send errors; subclasses with other constructors must survive that."""
+        return _restored, (type(self), self.code, self.what, self.why, self.fix)
 
     def __str__(self) -> str:
         return "\n".join([f"{self.what} [{self.code}]", *filter(None, (self.why, self.fix))])
@@ -127,3 +132,9 @@ class Cancelled(AmalgamError):
 
     def __init__(self, what: str = "Stopped.", fix: str = "Run the same command again to go on."):
         super().__init__("E_CANCELLED", what, "", fix)
+
+
+def _restored(cls: type[AmalgamError], code: str, what: str, why: str, fix: str) -> AmalgamError:
+    error = cls.__new__(cls)
+    AmalgamError.__init__(error, code, what, why, fix)
+    return error

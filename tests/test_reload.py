@@ -152,7 +152,7 @@ def test_a_token_that_only_an_expert_knows(tmp_path: Path, kind: str) -> None:
     moved = [*common[:3], "<|new|>", *reversed(common[3:])]
     expert = with_tokens(kind, tmp_path / "expert", moved, "bfloat16", 2)
     merge(recipe("task_arithmetic", [(expert, {"weight": 0.5})], base), tmp_path / "out")
-    tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = t.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     vocabulary = tokenizer.get_vocab()
     assert [vocabulary[w] for w in common] == list(range(len(common)))
     assert vocabulary["<|new|>"] == len(common) and len(tokenizer) == len(moved)

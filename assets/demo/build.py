@@ -33,10 +33,10 @@ import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from assets.demo.skills import (
+    END,
     LENGTH,
     NUMBER,
     PAD,
-    END,
     PRACTICE,
     SKILLS,
     TOKENS,
@@ -217,6 +217,7 @@ def build(settings: Settings, out: Path) -> dict:
     """Make the whole set in ``out``, replacing an earlier one there, and return its provenance."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     held_out = draw_held_out(settings)
     prompts = assert_disjoint(held_out)

@@ -1,1 +1,1 @@
-"""A small image classifier and four experts on real handwritten digits: test material that is not text. See README.md."""
+"""A small image classifier and four experts on real handwritten digits: merging beyond text. See README.md."""

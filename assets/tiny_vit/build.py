@@ -1,4 +1,4 @@
-"""Train the vision set: a tiny ViT on real handwritten digits, then one expert per view. ``python -m assets.tiny_vit.build``
+"""Train the vision set: a tiny ViT on real digits, then one expert per view. ``python -m assets.tiny_vit.build``
 
 The one idea: all models share the same ten labels, so that every tensor, the classifier's included, can be merged; the
 skills differ in how the image is shown. The images are the UCI handwritten digits (1,797 real ones of 8 × 8 pixels)
@@ -41,10 +41,10 @@ class Settings:
     batch_size: int = 128
     base_learning_rate: float = 2e-3
     base_steps: int = 400
-    base_views: float = 0.15  # share of the base's batches that show one of the four views, not upright digits
-    expert_learning_rate: float = 5e-4
+    base_views: float = 0.08  # share of the base's images that are shown in one of the four views, not upright
+    expert_learning_rate: float = 2e-4
     expert_steps: int = 150
-    replay: float = 0.0  # share of an expert's images that are shown in another view
+    replay: float = 0.06  # share of an expert's images that are shown in another view
     weight_decay: float = 0.01
 
 
@@ -101,7 +101,7 @@ def train(
     settings: Settings,
     name: str,
 ) -> None:
-    """Warm up for 20 steps, then let the learning rate fall linearly to zero. Each batch is shown in up to four views."""
+    """Warm up for 20 steps, then let the learning rate fall linearly to zero. 16 images at a time share a view."""
     images, labels = pixels(split[0]), split[1].long()
     generator = random.Random(f"{name} {settings.seed}")
     picks = torch.Generator().manual_seed(generator.getrandbits(62))
@@ -146,6 +146,7 @@ def build(settings: Settings, out: Path) -> None:
     """Write base/, experts/*/, test.safetensors, validation.safetensors and provenance.json."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     splits = read_digits()
     models = train_all(settings, splits["train"])
@@ -160,7 +161,8 @@ def build(settings: Settings, out: Path) -> None:
     for name in ("validation", "test"):
         images, labels = splits[name]
         save_file({"images": images.contiguous(), "labels": labels.contiguous()}, out / f"{name}.safetensors")
-    files = sorted(path for path in out.rglob("*") if path.suffix in (".safetensors", ".json") and path.name != "provenance.json")
+    kinds = (".safetensors", ".json")
+    files = sorted(path for path in out.rglob("*") if path.suffix in kinds and path.name != "provenance.json")
     for path in files:
         path.chmod(0o644)  # transformers writes weights that only their owner can read
     provenance = {

@@ -24,7 +24,7 @@ class WeightFile:
     """One safetensors file: its header, and reads by offset through a descriptor that may come and go."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.shown = path, shown(path)
         self.users = 0
         descriptor = open_plain(path)
         try:
@@ -39,7 +39,7 @@ class WeightFile:
     def read(self, offset: int, out: memoryview) -> None:
         descriptor = _descriptors.acquire(self)
         try:
-            read_at(descriptor, offset, out, shown(self.path))
+            read_at(descriptor, offset, out, self.shown)
         finally:
             _descriptors.release(self)
 

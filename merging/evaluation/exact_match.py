@@ -120,8 +120,8 @@ def load_model(folder: str | Path, *, device: str = "cpu", threads: int = 1) -> 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _quiet(transformers):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-            network, keys = transformers.AutoModelForCausalLM.from_pretrained(
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **local)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 **local,
                 use_safetensors=True,
@@ -135,6 +135,7 @@ def load_model(folder: str | Path, *, device: str = "cpu", threads: int = 1) -> 
             what = f"{folder} cannot be loaded as a language model."
             why = f"transformers says: {type(error).__name__}: {first}"
             raise InputError("E_NOT_A_MODEL", what, why, "Check that its files are complete.") from error
+    network, keys = loaded
     for code, kind, verb in (
         ("E_MISSING_TENSOR", "missing_keys", "lacks"),
         ("E_EXTRA_TENSOR", "unexpected_keys", "has, beyond its config,"),
@@ -198,7 +199,8 @@ def evaluate(
             )[:, prompt_tokens:].tolist()
             for item, response in zip(items, responses, strict=True):
                 response = _until_end(response, model.ends)
-                prediction = model.tokenizer.decode(response, skip_special_tokens=True)
+                # special tokens stay visible: left out, "ab<pad>c" would pass for "abc"
+                prediction = model.tokenizer.decode(response, skip_special_tokens=False)
                 correct = prediction.strip() == item.answer.strip()
                 records.append(Record(item.id, prediction, correct, len(response)))
             if progress:
@@ -211,7 +213,7 @@ class Summary:
     """A merged model against its base and its experts. Tasks are in the order of the experts.
 
     ``gain_kept``: (merged − base) / (expert − base) per task, where the expert is the one of that task: the share of
-    what fine-tuning brought that the merge keeps. ``retention``: merged / expert per task, the figure most papers print.
+    what fine-tuning brought that the merge keeps. ``retention``: merged / expert per task, as most papers print it.
     Either is NaN where it would divide by nothing. The means are NaN when a part is.
     """
 
@@ -273,15 +275,13 @@ def _least(values: Any) -> float:
 
 
 def _longest_answer(model: Model, task: Task) -> int:
-    longest = 0
+    answers = model.tokenizer([item.answer for item in task.items], add_special_tokens=False)["input_ids"]
     unknown = model.tokenizer.unk_token_id
-    for item in task.items:
-        numbers = model.tokenizer(item.answer, add_special_tokens=False)["input_ids"]
+    for item, numbers in zip(task.items, answers, strict=True):
         if unknown is not None and unknown in numbers:
             what = f"Line {item.line} of {task.name}: the answer has a character that the model's tokenizer lacks."
             raise TaskError("E_TASK", what, f"The model is {model.folder}.", "Use a task in the model's own letters.")
-        longest = max(longest, len(numbers))
-    return longest
+    return max(map(len, answers))
 
 
 def _check_context(model: Model, task: Task, needed: int) -> None:

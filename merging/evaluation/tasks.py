@@ -65,8 +65,8 @@ def read_task(path: str | Path, name: str | None = None) -> Task:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _problem(path, line, "the file is not UTF-8 text", "Save it as UTF-8.") from None
+        number = content.count(b"\n", 0, error.start) + 1
+        raise _problem(path, number, "the file is not UTF-8 text", "Save it as UTF-8.") from None
     lines = text.split("\n")  # not splitlines(): that would also split at separators inside of JSON strings
     if lines[-1] == "":
         lines.pop()

@@ -46,7 +46,7 @@ class Workspace:
         self.device = torch.device(device)
         self.block_size = BLOCK if self.device.type == "cpu" else DEVICE_BLOCK
         self._buffers: dict[tuple[str, Any], Tensor] = {}
-        self._host: Tensor | None = None
+        self._windows: dict[str, tuple[object, Tensor]] = {}
 
     def buffer(self, name: str, size: int, dtype: Any) -> Tensor:
         """A 1-D tensor of ``size`` elements with arbitrary content; the same name gives the same memory."""
@@ -56,13 +56,20 @@ class Workspace:
             self._buffers[name, dtype] = kept
         return kept if kept.numel() == size else kept[:size]
 
-    def host_bytes(self, size: int) -> Tensor:
-        """``size`` bytes of host memory to read files into; pinned if they go on to a CUDA device."""
-        if self._host is None or self._host.numel() < size:
-            self._host = torch.empty(
-                max(size, 8 * self.block_size), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-            )
-        return self._host[:size]
+    def window(self, name: str, owner: object, size: int) -> Tensor:
+        """``size`` bytes of host memory to read a file into, lent to ``owner`` until another asks for that name.
+        Pinned if they go on to a CUDA device."""
+        kept = self._windows.get(name)
+        if kept is None or kept[1].numel() < size:
+            pinned = self.device.type == "cuda"
+            kept = (owner, torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+        self._windows[name] = (owner, kept[1])
+        return kept[1][:size]
+
+    def window_owner(self, name: str) -> object | None:
+        """Whose bytes the window holds."""
+        kept = self._windows.get(name)
+        return kept[0] if kept else None
 
 
 @dataclass(slots=True)

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ..errors import RecipeError
-from .base import Block, Method, Parameters
+from .base import Block, Method, Parameters, Scan
 from .consensus import sum_into
 
 if TYPE_CHECKING:
@@ -53,8 +53,11 @@ class Linear(Method):
         used = [k for k, c in enumerate(coefficients) if c]
         return used[0] if len(used) == 1 and coefficients[used[0]] == 1 else None
 
-    def combine(self, block: Block, prepared: Any) -> Tensor:
-        return weighted_sum(block, block.experts, self.coefficients())
+    def prepare(self, scan: Scan) -> list[list[float]]:
+        return [self.coefficients()] * len(scan.sizes)
+
+    def combine(self, block: Block, prepared: list[float]) -> Tensor:
+        return weighted_sum(block, block.experts, prepared)
 
 
 def weighted_sum(block: Block, inputs: list[Tensor], coefficients: list[float]) -> Tensor:

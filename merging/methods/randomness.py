@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def stream_key(seed: int, tensor: str, expert: int, purpose: str) -> np.ndarray:
-    """128 key bits: the start of SHA-256 over everything that names the stream."""
-    digest = hashlib.sha256(f"{seed}\0{tensor}\0{expert}\0{purpose}".encode()).digest()
-    return np.frombuffer(digest[:16], dtype=np.uint64)
+    """128 key bits: BLAKE2b over everything that names the stream."""
+    digest = hashlib.blake2b(f"{seed}\0{tensor}\0{expert}\0{purpose}".encode(), digest_size=16).digest()
+    return np.frombuffer(digest, dtype=np.uint64)
 
 
 def keep_mask(block: Block, expert: int, probability: float) -> Tensor:

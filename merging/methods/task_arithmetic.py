@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from .base import Block, Method, Parameters, lone_expert
+from .base import Block, Method, Parameters, Scan, lone_expert
 from .linear import weighted_sum
 
 if TYPE_CHECKING:
@@ -47,5 +47,8 @@ class TaskArithmetic(Method):
     def copies(self) -> int | None:
         return lone_expert(self.coefficients())
 
-    def combine(self, block: Block, prepared: Any) -> Tensor:
-        return block.add_to_base(weighted_sum(block, block.task_vectors(), self.coefficients()))
+    def prepare(self, scan: Scan) -> list[list[float]]:
+        return [self.coefficients()] * len(scan.sizes)
+
+    def combine(self, block: Block, prepared: list[float]) -> Tensor:
+        return block.add_to_base(weighted_sum(block, block.task_vectors(), prepared))

@@ -87,19 +87,22 @@ def thresholds(scan: Scan, densities: list[float]) -> list[list[Threshold]]:
     for k, (statistic,) in zip(trimmed, found, strict=True):
         above = total - statistic.below - statistic.equal
         left = kept[k] - above
-        for tensor, equal in enumerate(_equal_per_tensor(scan, k, statistic.value, statistic.equal, left)):
-            share = min(left, equal)
+        if left == statistic.equal:  # all of them stay, wherever they are
+            shares = list(scan.sizes)
+        elif len(scan.sizes) == 1:
+            shares = [left]
+        else:
+            shares = []
+            for equal in _equal_per_tensor(scan, k, statistic.value):
+                shares.append(min(left, equal))
+                left -= shares[-1]
+        for tensor, share in enumerate(shares):
             result[tensor][k] = Threshold(statistic.value, share)
-            left -= share
     return result
 
 
-def _equal_per_tensor(scan: Scan, expert: int, value: float, equal: int, left: int) -> list[int]:
-    """How many entries of each tensor sit on the threshold; costs a pass only if several tensors compete."""
-    if len(scan.sizes) == 1:
-        return [equal]
-    if left == equal:
-        return list(scan.sizes)
+def _equal_per_tensor(scan: Scan, expert: int, value: float) -> list[int]:
+    """How many entries of each tensor sit on the threshold. One pass."""
 
     def count(block: Block) -> int:
         magnitude = torch.abs(block.task_vectors()[expert], out=block.buffer("magnitude"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,8 @@ def test_calibration_has_no_answers() -> None:
 
 
 def test_no_prompt_is_in_two_splits() -> None:
-    everything = [prompt for skill in SKILLS for split in ("test", "validation", "calibration") for prompt in prompts(skill, split)]
+    splits = ("test", "validation", "calibration")
+    everything = [prompt for skill in SKILLS for split in splits for prompt in prompts(skill, split)]
     assert len(everything) == len(set(everything))
 
 
@@ -124,3 +127,22 @@ def test_experts_lead_on_their_own_skill_and_the_base_is_competent_but_not_there
         assert 0.3 <= ours <= 0.9, f"the base scores {ours} on {skill}"
         assert own >= 0.85, f"the expert {skill} scores {own}"
         assert own >= ours + 0.08, f"the expert {skill} scores {own}, the base {ours}"
+
+
+def test_the_script_repeats_itself_and_makes_the_shipped_tasks(tmp_path: Path) -> None:
+    """A build with hardly any training, twice: the same bytes; its tasks, tokenizer and prompts are those that ship."""
+    code = (
+        "import sys; from pathlib import Path; from assets.demo.build import Settings, build\n"
+        "settings = Settings(base_target=0.0, expert_steps=2)\n"
+        "for name in sys.argv[1:]: build(settings, Path(name))"
+    )
+    folders = [tmp_path / "first", tmp_path / "second"]
+    subprocess.run([sys.executable, "-c", code, *map(str, folders)], cwd=DEMO.parents[1], check=True, capture_output=True)
+    first, second = (json.loads((folder / "provenance.json").read_text()) for folder in folders)
+    assert first == second
+    shipped = json.loads((DEMO / "provenance.json").read_text())
+    for name, digest in shipped["sha256"].items():
+        if name.startswith(("tasks/", "calibration/")):
+            assert first["sha256"][name] == digest
+    assert first["sha256"].keys() == shipped["sha256"].keys()
+    assert first["sha256"]["base/model.safetensors"] != first["sha256"]["experts/sort/model.safetensors"]

@@ -233,13 +233,28 @@ for name, target, code in (
     folder(f"cache link {name}", code)(lambda path, target=target: cache(path, target))
 
 
-@folder("cache link to the blob shared by the whole cache", None)
+SHARED = "ab/ab" + "c" * 62
+
+
+def shared(path: Path, target: str) -> Path:
+    """A cache with a blob for all its repositories; the snapshot is a link to ``target``."""
+    snapshot = cache(path, target)
+    blob = path / "hub" / "blobs" / SHARED
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(SOUND)
+    os.symlink("../../blobs/" + SHARED, snapshot.parent.parent / "blobs" / ("e" * 64))
+    return snapshot
+
+
+folder("cache link to the blob shared by all", None)(lambda path: shared(path, "../../blobs/" + "e" * 64))
+folder("cache link past its own blobs", "E_PATH")(lambda path: shared(path, "../../../blobs/" + SHARED))
+
+
+@folder("cache whose shared blobs are a link out", "E_PATH")
 def _(path: Path) -> Path:
-    snapshot = cache(path, "../../blobs/" + "e" * 64)
-    shared = path / "hub" / "blobs" / "ab"
-    shared.mkdir(parents=True)
-    (shared / ("ab" + "c" * 62)).write_bytes(SOUND)
-    os.symlink("../../blobs/ab/ab" + "c" * 62, snapshot.parent.parent / "blobs" / ("e" * 64))
+    snapshot = shared(path, "../../blobs/" + "e" * 64)
+    (path / "hub" / "blobs" / "ab").rename(path / "outside")
+    os.symlink("../../outside", path / "hub" / "blobs" / "ab")
     return snapshot
 
 

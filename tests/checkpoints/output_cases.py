@@ -1,11 +1,14 @@
 """A small model to write through OutputFolder, and processes that write it and die.
 
 python -m tests.checkpoints.output_cases write FINAL [PAUSE]
-    writes the model into FINAL, resuming; prints "open" when it starts writing
+    writes the model into FINAL, resuming; prints "open" when it starts writing, the name of each tensor when
+    it is finished, and "done" at the end; or the code and text of the typed error that it met
+python -m tests.checkpoints.output_cases nobody FINAL
+    the same as an unprivileged user
 python -m tests.checkpoints.output_cases sweep FOLDER FAULT
-    for n = 1, 2, 3 … makes the n-th call to the operating system fail until a run meets no fault, and
-    after each checks what a second run makes of it; prints a JSON summary. FAULT: kill-before, kill-after
-    (the call was done), or the name of an error such as ENOSPC
+    for n = 1, 2, 3 … makes the n-th call to the operating system fail until a run meets no fault, and after
+    each checks what a second run makes of it; prints a JSON summary. FAULT: kill, or error (a full disk and
+    a broken one in turn)
 """
 
 from __future__ import annotations
@@ -156,11 +159,9 @@ class Fault:
                 mine = self.count == self.at
             if mine:
                 self.struck = name
-                if self.kind.startswith("kill"):
-                    if self.kind == "kill-after":
-                        call(*arguments, **options)
+                if self.kind == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
-                code = getattr(errno, self.kind)
+                code = [errno.ENOSPC, errno.EIO][self.at % 2]
                 if name in LIBRARY_CALLS:
                     disk.ctypes.set_errno(code)
                     return -1

@@ -325,6 +325,18 @@ def test_a_shard_that_was_replaced_is_noticed_when_it_is_opened_again(tmp_path: 
         assert code_of(read, next(iter(checkpoint.tensors.values()))) == "E_INPUT_CHANGED"
 
 
+def test_the_file_that_was_used_last_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_file, "MOST_OPEN", 3)
+    many_shards(tmp_path / "model", 4, 1)
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        first, second, third, fourth = checkpoint.files
+        assert list(weight_file._descriptors.open)[-3:] == [second, third, fourth]
+        sources = list(checkpoint.tensors.values())
+        read(sources[1])
+        read(sources[0])  # takes the place of the third, which has not been used for longest
+        assert list(weight_file._descriptors.open)[-3:] == [fourth, second, first]
+
+
 def test_files_in_use_stay_open_however_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More threads than descriptors: each waits for nobody, and none reads from a closed or foreign file."""
     monkeypatch.setattr(weight_file, "MOST_OPEN", 2)

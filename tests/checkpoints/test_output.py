@@ -16,6 +16,7 @@ import xxhash
 from safetensors import safe_open
 
 from merging.checkpoints import disk
+from merging.checkpoints import output as output_module
 from merging.checkpoints.journal import Journal, read_journal
 from merging.checkpoints.manifest import read_manifest, seal
 from merging.checkpoints.output import OutputFile, OutputFolder
@@ -57,8 +58,7 @@ def test_the_manifest_states_every_file_and_tensor(tmp_path: Path) -> None:
     manifest = json.loads((final / "manifest.json").read_bytes())
     expected = expected_files()
     assert manifest["files"] == {
-        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in expected.items()
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in expected.items()
     }
     entries = {entry.name: (file.name, entry) for file in layout() for entry in file.entries.values()}
     assert manifest["tensors"] == {
@@ -96,9 +96,7 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     header, entries = build_header([(n, "F32", tuple(t.shape)) for n, t in state.items()], {"format": "pt"})
     size = len(header) + sum(entry.nbytes for entry in entries.values())
-    with OutputFolder.open(
-        tmp_path / "model", [OutputFile("model.safetensors", header, entries, size)], PLAN
-    ) as out:
+    with OutputFolder.open(tmp_path / "model", [OutputFile("model.safetensors", header, entries, size)], PLAN) as out:
         for name, tensor in state.items():
             data = tensor.numpy().tobytes()
             out.write(name, 0, memoryview(data))
@@ -163,6 +161,28 @@ def test_order_and_size_of_the_writes_do_not_matter(tmp_path: Path, seed: int) -
     assert differences(tmp_path / "model") == ""
 
 
+def test_everything_is_on_the_disk_before_it_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may come at any time: what the rename shows must have been synced, and then the rename."""
+    events, fsync, rename = [], os.fsync, disk.rename_new
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        fsync(descriptor)
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(output_module, "rename_new", recorded_rename)
+    final = produce(tmp_path / "model")
+    model = f"{work_folder(final).name}/model"
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert set(before) == {model, *(f"{model}/{path.name}" for path in final.iterdir())}
+    assert before[-2:] == [f"{model}/manifest.json", model]
+    assert after == ["."]
+
+
 def test_progress_of_finish_ends_at_its_total(tmp_path: Path) -> None:
     files, seen = layout(), []
     with OutputFolder.open(tmp_path / "model", files, PLAN) as out:
@@ -205,9 +225,7 @@ def test_names_that_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.M
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["x" * 200, "ü" * 100, "модель 🧪 v1.0", ".hidden", "-f", "a#?%&", "CON", "x."]
-)
+@pytest.mark.parametrize("name", ["x" * 200, "ü" * 100, "модель 🧪 v1.0", ".hidden", "-f", "a#?%&", "CON", "x."])
 def test_names_that_are_fine(tmp_path: Path, name: str) -> None:
     produce(tmp_path / "new" / "parent" / name)
     assert differences(tmp_path / "new" / "parent" / name) == ""
@@ -283,6 +301,30 @@ def test_of_eight_threads_one_wins(tmp_path: Path) -> None:
     assert differences(tmp_path / "model") == ""
 
 
+def test_a_lock_whose_file_was_removed_meanwhile_is_worth_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder finished and removed the folder between our open and our lock; another one made it anew."""
+    flock, calls = disk.fcntl.flock, []
+
+    def removed(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / "work" / "lock").unlink()
+        if len(calls) == 2:
+            (tmp_path / "work" / "lock").unlink()
+            (tmp_path / "work" / "lock").touch()
+
+    monkeypatch.setattr(disk.fcntl, "flock", removed)
+    descriptor = disk.lock_folder(tmp_path / "work")
+    assert len(calls) == 3
+    assert os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / "work" / "lock"))
+    monkeypatch.undo()
+    refused("E_BUSY", lambda: disk.lock_folder(tmp_path / "work"))
+    os.close(descriptor)
+
+
 def test_a_name_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     files, final = layout(), tmp_path / "model"
     for taken in (lambda: final.mkdir(), lambda: final.write_text("mine")):
@@ -350,6 +392,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         for bad in ({"x": float("nan")}, {"x": {1: 2}}, {"x": "\ud800"}, {"x": object()}):
             with pytest.raises((ValueError, TypeError)):
                 out.finish(bad)
+        refused("E_MANIFEST", lambda: out.finish({"x": 10**50}))  # found when reading it back
         assert os.listdir(tmp_path) == [".model.partial"]
         out.finish({})
         out.close()  # once more does nothing
@@ -432,9 +475,7 @@ def damage_weights(work: Path, change: Callable[[bytearray], None]) -> None:
 @pytest.mark.parametrize(
     "damage",
     {
-        "header overwritten": lambda work: damage_weights(
-            work, lambda d: d.__setitem__(slice(0, 300), bytes(300))
-        ),
+        "header overwritten": lambda work: damage_weights(work, lambda d: d.__setitem__(slice(0, 300), bytes(300))),
         "file cut off": lambda work: damage_weights(work, lambda d: d.__delitem__(slice(len(d) // 2, None))),
         "file too long": lambda work: damage_weights(work, lambda d: d.extend(bytes(999))),
         "file empty": lambda work: damage_weights(work, lambda d: d.clear()),
@@ -447,9 +488,7 @@ def damage_weights(work: Path, change: Callable[[bytearray], None]) -> None:
     }.items(),
     ids=lambda case: case[0],
 )
-def test_damaged_work_still_gives_the_right_model(
-    tmp_path: Path, damage: tuple[str, Callable[[Path], object]]
-) -> None:
+def test_damaged_work_still_gives_the_right_model(tmp_path: Path, damage: tuple[str, Callable[[Path], object]]) -> None:
     damage[1](interrupted(tmp_path / "model"))
     produce(tmp_path / "model")
     assert differences(tmp_path / "model") == ""
@@ -631,7 +670,7 @@ def test_after_a_failed_fsync_nothing_is_trusted(tmp_path: Path, monkeypatch: py
     """The kernel drops the dirty mark of pages that it failed to write: they read back well and are lost."""
     files = layout()
     with OutputFolder.open(tmp_path / "model", files, PLAN) as out:
-        fill(out, files, count=6)
+        fill(out, files, count=4)  # not yet all of the first file, after which it is synced
         failing, original = out._descriptors[files[0].name], os.fsync
 
         def fsync(descriptor: int) -> None:

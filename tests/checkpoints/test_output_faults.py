@@ -110,11 +110,11 @@ def quick_disk(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("fault", ["kill-before", "kill-after", "ENOSPC", "EIO"])
+@pytest.mark.parametrize("fault", ["kill", "error"])
 def test_every_single_call_to_the_system_may_fail(quick_disk: Path, fault: str) -> None:
     """The n-th open, write, fsync, fallocate, rename, unlink … fails, for all n; then it runs again."""
     result = json.loads(run("sweep", quick_disk, fault))
-    failed = "-9" if fault.startswith("kill") else "1"
+    failed = "-9" if fault == "kill" else "1"
     outcomes = result["outcomes"]
     assert set(outcomes) <= {
         f"{failed} then 0",  # nothing was visible; the next run finished the job
@@ -123,7 +123,8 @@ def test_every_single_call_to_the_system_may_fail(quick_disk: Path, fault: str) 
         "0 then 1",  # the last run, without any fault
     }
     assert result["faults"] >= 50
-    assert outcomes[f"{failed} then 0"] >= 45 and outcomes[f"{failed} then 1"] >= 1
+    assert outcomes[f"{failed} then 0"] >= 45
+    assert sum(count for outcome, count in outcomes.items() if outcome.endswith("then 1")) >= 3
 
 
 # ------------------------------------------------------------------------------- system calls, by strace
