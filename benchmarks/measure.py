@@ -1,6 +1,6 @@
 """Time, processor time and memory of a child process with all its descendants (Linux).
 
-Wall and processor time are the kernel's own accounts. Memory is sampled from ``/proc`` every 20 ms, summed
+Wall and processor time are the kernel's own accounts. Memory is sampled from ``/proc`` every 50 ms, summed
 over the process tree, in two kinds: *resident* counts also pages of mapped files, *anonymous* only what
 the process itself needs and what cannot be dropped.
 """
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SAMPLE_EVERY = 0.02
+SAMPLE_EVERY = 0.05
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,16 @@ def _tree(process: int) -> list[int]:
 
 
 def _memory(process: int) -> tuple[int, int]:
-    """Resident and anonymous bytes now."""
+    """Resident and anonymous bytes now. Pages that several processes of a tree share count once in their sum
+    (the kernel's proportional set size)."""
     try:
-        with open(f"/proc/{process}/status") as file:
-            fields = dict(line.split(":", 1) for line in file if line.startswith(("VmRSS", "RssAnon")))
+        with open(f"/proc/{process}/smaps_rollup") as file:
+            fields = dict(line.split(":", 1) for line in file if line.startswith(("Pss:", "Pss_Anon:")))
     except OSError:
         return 0, 0
     return (
-        int(fields.get("VmRSS", "0 kB").split()[0]) * 1024,
-        int(fields.get("RssAnon", "0 kB").split()[0]) * 1024,
+        int(fields.get("Pss", "0 kB").split()[0]) * 1024,
+        int(fields.get("Pss_Anon", "0 kB").split()[0]) * 1024,
     )
 
 

@@ -97,7 +97,6 @@ def run(
     started = time.monotonic()
     device = choose_device(device)
     threads = threads_within(plan, threads, memory)
-    torch.set_num_threads(1)  # the workers are the parallelism; more would fight over the same cores
     progress = Progress(sum(_work(t) for t in plan.tensors))
     wish = stop or threading.Event()
 
@@ -106,6 +105,7 @@ def run(
             raise Cancelled()
 
     with (
+        _one_torch_thread(),
         _memory_errors("the start of the work"),
         OutputFolder.open(Path(out), plan.files, plan.hash, discard=restart, progress=check) as folder,
     ):
@@ -272,7 +272,8 @@ class _Merge:
                 if other[: len(view)] != view:
                     raise InputError(
                         "E_INTEGER_DIFFERS", f"{tensor.name} ({tensor.dtype}) is not the same in all models.",
-                        f"Integers and bools cannot be averaged, and{place_of_source(first)} and{place_of_source(source)} differ.",
+                        f"Integers and bools cannot be averaged, and{place_of_source(first)} and"
+                        f"{place_of_source(source)} differ.",
                         "Check that the models belong together.")
             checksum.update(view)
             self.folder.write(tensor.name, start * size, view)
@@ -323,7 +324,8 @@ class _Merge:
             tensor.name, tensor.numel, dtype,
             None if tensor.base is None else SourceReader(tensor.base, 0, check, blank),
             [SourceReader(s, k, check, blank)
-             for k, s in enumerate(tensor.sources if tensor.method else tensor.sources[:1], 1)])
+             for k, s in enumerate(tensor.sources if tensor.method else tensor.sources[:1], 1)],
+            tensor.method.coarse if tensor.method else 2)
 
     # -- numbers ---------------------------------------------------------------------------------------
 
@@ -387,3 +389,14 @@ def _memory_errors(what: str) -> Iterator[None]:
         raise OutputError(
             "E_MEMORY", f"Out of memory at {what}.", str(error).splitlines()[0] if str(error) else "",
             "Use fewer --threads, or close other programs.") from error
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The workers are the parallelism; torch's own threads would fight over the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -28,8 +28,8 @@ from .checkpoints.side_files import OutputFacts, SideFiles, collect
 from .errors import AmalgamError, InputError, OutputError, RecipeError
 from .methods import BLOCK, Method
 from .recipe import Recipe
-from .recipe_parts import RESERVED
 from .recipe_parameters import Resolved
+from .recipe_parts import RESERVED
 from .vocabularies import VocabularyPlan, align_vocabularies
 
 NUMERICS = 1

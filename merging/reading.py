@@ -48,8 +48,8 @@ class SourceReader:
             refuse_non_finite(self.source, start, out)
 
     def _fetch(self, start: int, stop: int, workspace: Workspace) -> None:
-        if stop - start == workspace.block_size:  # a full block: more will follow
-            stop = min(start + WINDOW * workspace.block_size, self.source.numel)
+        if stop - start >= workspace.block_size:  # a full block: more will follow
+            stop = min(start + WINDOW * (stop - start), self.source.numel)
         raw = workspace.window(self.slot, self, (stop - start) * self.size)
         self.source.read(start, stop, raw.numpy().data)
         self.values, self.start, self.stop = raw.view(self.dtype), start, stop

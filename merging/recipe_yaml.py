@@ -83,10 +83,8 @@ def load_recipe(source: str | FilePath) -> LoadedRecipe:
     is_text = isinstance(source, str) and (
         "\n" in source or re.match(r"\s*([\[{]|[\w\"']+\s*:(\s|$))", source)
     )
-    if is_text:
-        document = read_yaml(str(source))
-    else:
-        document = read_yaml(_read_file(FilePath(source)), FilePath(source).name)
+    path = FilePath("" if is_text else source)
+    document = read_yaml(str(source)) if is_text else read_yaml(_read_file(path), path.name)
     keys = set(document.data) if isinstance(document.data, dict) else set()
     if "merge_method" in keys and not keys & {"method", "amalgam"}:
         from .mergekit_dialect import from_mergekit

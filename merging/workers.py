@@ -108,7 +108,12 @@ def _in_processes(
                 process = context.Process(
                     target=_worker, args=(work, items, counter, theirs, os.getpid()), daemon=True
                 )
-                process.start()
+                try:
+                    process.start()
+                except OSError as error:
+                    raise OutputError(
+                        "E_WORKER", "A worker process could not be started.", f"{error.strerror}.",
+                        "Use fewer --threads, or close other programs.") from error
                 theirs.close()
                 channels[ours] = process
         while channels:

@@ -133,7 +133,9 @@ def test_gradients_and_filters_give_mergekits_values(
     with make_plan(what) as plan:
         assert plan.blockers == []
         planned = {t.name: t.method.coefficients()[0] if t.method else None for t in plan.tensors}  # type: ignore[index]
-        copied = {t.name: t.sources[0] is plan.models[str(expert)].tensors[t.name] for t in plan.tensors if not t.method}
+        copied = {
+            t.name: t.sources[0] is plan.models[str(expert)].tensors[t.name] for t in plan.tensors if not t.method
+        }
     planned |= {name: float(from_expert) for name, from_expert in copied.items()}
     assert planned == pytest.approx(record["values"], abs=1e-7)
     merge(what, tmp_path / "out")

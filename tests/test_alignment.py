@@ -15,7 +15,16 @@ from merging.checkpoints.header import ITEM_BITS, TORCH_NAMES
 from merging.errors import RecipeError
 from merging.plan import make_plan, open_models
 from merging.recipe import Recipe
-from tests.small_checkpoints import State, llama_like, load, merge, raw, recipe, same_bits, save
+from tests.small_checkpoints import (
+    State,
+    llama_like,
+    load,
+    merge,
+    raw,
+    recipe,
+    same_bits,
+    save,
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BIAS = "model.layers.1.mlp.up_proj.bias"
@@ -123,9 +132,7 @@ POLICIES: list[dict[str, str]] = [
 @pytest.mark.parametrize("policies", POLICIES, ids=str)
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 @pytest.mark.parametrize("lacking", [0, 1, 2])
-def test_a_tensor_that_one_model_lacks(
-    tmp_path: Path, method: str, lacking: int, policies: dict[str, str]
-) -> None:
+def test_a_tensor_that_one_model_lacks(tmp_path: Path, method: str, lacking: int, policies: dict[str, str]) -> None:
     """Of three models (the first is the base, where there is one) one lacks a bias."""
     full = [llama_like(2, seed=k) | {BIAS: torch.full((16,), float(k + 1))} for k in range(3)]
     states = [without(state, BIAS) if k == lacking else state for k, state in enumerate(full)]
@@ -192,7 +199,8 @@ def test_an_error_lists_a_few_names_and_counts_the_rest(tmp_path: Path) -> None:
 def test_buffers_are_never_merged(tmp_path: Path, method: str) -> None:
     """Each model's own: of the base, or of the first; even where they differ."""
     states = [
-        llama_like(1, seed=k) | {FREQUENCIES: torch.arange(4) + float(k), "model.embeddings.position_ids": torch.arange(5) + k}
+        llama_like(1, seed=k)
+        | {FREQUENCIES: torch.arange(4) + float(k), "model.embeddings.position_ids": torch.arange(5) + k}
         for k in range(3)
     ]
     paths = [save(tmp_path / str(k), state) for k, state in enumerate(states)]
@@ -252,7 +260,8 @@ def test_a_transposed_tensor_is_refused(tmp_path: Path) -> None:
 )
 def test_integers_do_not_mix_with_anything(tmp_path: Path, first: Any, second: Any) -> None:
     paths = [
-        save(tmp_path / str(dtype), llama_like(1) | {"counter": torch.ones(3, dtype=dtype)}) for dtype in (first, second)
+        save(tmp_path / str(dtype), llama_like(1) | {"counter": torch.ones(3, dtype=dtype)})
+        for dtype in (first, second)
     ]
     (problem,) = make_plan(recipe("linear", paths, parameters={"weight": 1})).blockers
     assert problem.code == "E_DTYPE" and "counter" in str(problem)

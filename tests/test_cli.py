@@ -98,9 +98,7 @@ def test_quiet_says_nothing_and_the_seed_can_be_given(folder: Path, tmp_path: Pa
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seed"] == 7
 
 
-def test_a_recipe_of_mergekit_runs_as_it_is(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recipe_of_mergekit_runs_as_it_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(f"""
 merge_method: linear
 models:
@@ -128,7 +126,9 @@ def test_the_plan_as_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert good.returncode == 0 and good.stderr == "" and facts.keys() >= PLAN_KEYS
     assert facts["blockers"] == [] and facts["threads"] == 3 and facts["disk_free"] > 0
     (group,) = facts["coefficients"]
-    assert group["experts"] == [{"density": 0.5, "weight": 1.0}] * 2 and group["tensors"] == sum(facts["tensors"].values())
+    assert group["experts"] == [{"density": 0.5, "weight": 1.0}] * 2 and group["tensors"] == sum(
+        facts["tensors"].values()
+    )
     paths = family(tmp_path / "wide", llama_like(3, 24), 1)
     path = changed(folder, tmp_path, str(folder / "expert2"), str(paths[1]))
     bad = run("plan", path, "--json")
@@ -269,7 +269,8 @@ def test_a_signal_ends_the_work_and_the_same_command_goes_on(
 ) -> None:
     arguments = ["merge", str(large / "recipe.yaml"), str(tmp_path / "out"), "--threads", "1"]
     child = subprocess.Popen(
-        [sys.executable, "app.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, "app.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     journal = work_folder(tmp_path / "out") / "journal"
     while child.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
         time.sleep(0.005)

@@ -94,7 +94,9 @@ def test_combine_stays_on_the_device(case: Case, dtype: Any) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), WithoutCuda():
         workspace = Workspace("cuda")
         assert workspace.block_size == DEVICE_BLOCK
-        moved = [None if t is None else workspace.buffer(f"input{k}", SIZE, dtype) for k, t in enumerate([base, *experts])]
+        moved = [
+            None if t is None else workspace.buffer(f"input{k}", SIZE, dtype) for k, t in enumerate([base, *experts])
+        ]
         block = Block("w", 0, moved[0], [m for m in moved[1:] if m is not None], workspace, seed=1)
         result = method.combine(block, without_ties(prepared))
         assert isinstance(result, FakeTensor) and result.device.type == "cuda"
@@ -193,9 +195,7 @@ def test_prepare_and_combine_mix_nothing(case: Case, dtype: Any, size: int) -> N
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp", "pcb"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_engine_mixes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: Any
-) -> None:
+def test_the_engine_mixes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: Any) -> None:
     """Reading to the device, rounding there, and back to the disk, with all that is measured on the way."""
     paths = family(tmp_path, {"w": torch.randn(300, 300).to(dtype), "one": torch.ones(1).to(dtype)}, 2)
     own = {"slerp": {}, "linear": {"weight": 0.5}, "pcb": {}}.get(method, {"weight": 0.5, "density": 0.3})

@@ -187,7 +187,9 @@ def test_shards_hold_whole_tensors_up_to_their_size(tmp_path: Path) -> None:
         make_plan(recipe("linear", paths, parameters={"weight": 1}), shard_size=999_999)
 
 
-@pytest.mark.parametrize(("dtype", "code"), [(None, "F32"), ("bfloat16", "BF16"), ("float16", "F16"), ("float64", "F64")])
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(None, "F32"), ("bfloat16", "BF16"), ("float16", "F16"), ("float64", "F64")]
+)
 def test_the_output_has_the_type_that_the_recipe_asks_for(models: list[Path], dtype: str | None, code: str) -> None:
     plan = planned(recipe("ties", models[1:], models[0], **({"dtype": dtype} if dtype else {})))
     assert {t.dtype for t in plan.tensors} == {code}

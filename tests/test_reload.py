@@ -116,7 +116,10 @@ def test_stacked_layers_make_a_deeper_model(families: dict[str, list[Path]], tmp
     from merging.recipe import Recipe
 
     one, two = families["llama-float32"][1:]
-    slices = [{"sources": [{"model": str(m), "layers": layers}]} for m, layers in ((one, [0, 2]), (two, [1, 2]), (one, [0, 1]))]
+    slices = [
+        {"sources": [{"model": str(m), "layers": layers}]}
+        for m, layers in ((one, [0, 2]), (two, [1, 2]), (one, [0, 1]))
+    ]
     what = Recipe.parse({"method": "passthrough", "experts": [str(one), str(two)], "slices": slices})
     merge(what, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 4

@@ -158,6 +158,8 @@ class Method:
     """Does a NaN or infinity in any input that counts always show in the output?"""
     excluded_kinds: ClassVar[frozenset[str]] = frozenset()
     """Kinds of tensors (``checkpoints.layout.KINDS``) left as they are in the base unless a recipe asks."""
+    coarse: ClassVar[int] = 1
+    """Blocks that are taken as one: rules with few buffers still fit the cache with longer blocks."""
     passes: ClassVar[int] = 1
     """How often the inputs are read, for the estimate of time."""
     nanoseconds: ClassVar[float] = 2.0

@@ -26,6 +26,7 @@ class Linear(Method):
     uses_base = False
     experts_range = (1, None)
     spreads_nan = True
+    coarse = 2
     nanoseconds = 0.6
 
     class Shared(Parameters):

@@ -21,6 +21,7 @@ class Passthrough(Method):
     uses_base = False
     experts_range = (1, 1)
     spreads_nan = True
+    coarse = 2
     nanoseconds = 0.3
 
     class PerExpert(Parameters):

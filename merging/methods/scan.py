@@ -33,6 +33,8 @@ class TensorInputs:
     """Compute dtype."""
     base: Reader | None
     experts: Sequence[Reader]
+    coarse: int = 1
+    """Blocks that are taken as one (see ``Method.coarse``)."""
 
     def block(self, start: int, size: int, workspace: Workspace, seed: int) -> Block:
         base = None
@@ -47,7 +49,7 @@ class TensorInputs:
         return Block(self.name, start, base, experts, workspace, seed)
 
     def blocks(self, workspace: Workspace, seed: int) -> Iterator[Block]:
-        step = workspace.block_size
+        step = workspace.block_size * self.coarse
         for start in range(0, self.size, step):
             yield self.block(start, min(step, self.size - start), workspace, seed)
 
@@ -137,6 +139,7 @@ def merge_tensors(
                 dtype,
                 memory_reader(base[name]) if with_base and base is not None else None,
                 [memory_reader(e[name]) for e in experts],
+                method.coarse,
             )
         )
     inputs.sort(key=lambda tensor: tensor.name)

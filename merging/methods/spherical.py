@@ -69,6 +69,7 @@ class Slerp(Method):
     paper = "https://doi.org/10.1145/325334.325242"
     needs_base = True
     experts_range = (1, 1)
+    coarse = 2
     passes = 2
     nanoseconds = 2.0
 
@@ -99,6 +100,7 @@ class NuSlerp(Method):
     idea = "SLERP between two experts, or between their changes if a base is given."
     needs_base = False
     experts_range = (2, 2)
+    coarse = 2
     passes = 2
     nanoseconds = 2.0
 
@@ -140,6 +142,7 @@ class MultiSlerp(Method):
     idea = "Average directions and lengths of several experts apart from each other."
     needs_base = False
     experts_range = (2, None)
+    coarse = 2
     passes = 2
     nanoseconds = 2.0
 

@@ -30,6 +30,7 @@ class TaskArithmetic(Method):
     needs_base = True
     experts_range = (1, None)
     spreads_nan = True
+    coarse = 2
     nanoseconds = 0.8
 
     class Shared(Parameters):

@@ -133,11 +133,12 @@ def test_the_script_repeats_itself_and_makes_the_shipped_tasks(tmp_path: Path) -
     """A build with hardly any training, twice: the same bytes; its tasks, tokenizer and prompts are those that ship."""
     code = (
         "import sys; from pathlib import Path; from assets.demo.build import Settings, build\n"
-        "settings = Settings(base_target=0.0, expert_steps=2)\n"
+        "settings = Settings(base_target=0.0, expert_steps=2, batch_size=8)\n"
         "for name in sys.argv[1:]: build(settings, Path(name))"
     )
     folders = [tmp_path / "first", tmp_path / "second"]
-    subprocess.run([sys.executable, "-c", code, *map(str, folders)], cwd=DEMO.parents[1], check=True, capture_output=True)
+    command = [sys.executable, "-c", code, *map(str, folders)]
+    subprocess.run(command, cwd=DEMO.parents[1], check=True, capture_output=True)
     first, second = (json.loads((folder / "provenance.json").read_text()) for folder in folders)
     assert first == second
     shipped = json.loads((DEMO / "provenance.json").read_text())

@@ -469,6 +469,22 @@ def test_square_weights_need_a_setting_that_agrees_with_the_others(tmp_path: Pat
     refused(adapter, base, "fan_in_fan_out")
 
 
+def test_a_square_table_is_still_a_table(tmp_path: Path) -> None:
+    """As many tokens as dimensions: the shapes fit both ways round, but PEFT always turns a table."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(
+        {"model.embed_tokens.weight": torch.zeros(6, 6), "lm_head.weight": torch.zeros(6, 6)},
+        base / "model.safetensors",
+    )
+    a, b = torch.randn(2, 6), torch.randn(6, 2)
+    adapter = by_hand(base, tmp_path / "adapter", {"r": 2}, modules=[])
+    add(adapter, {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b})
+    with open_checkpoint(base) as below, open_checkpoint(adapter, base=below) as ours:
+        expected = (b.double() @ a.double()).T / 2
+        torch.testing.assert_close(read(ours.tensors["model.embed_tokens.weight"]), expected)
+
+
 def test_identity_covers_settings_weights_and_base(llama: Path, tmp_path: Path) -> None:
     adapter = by_hand(llama, tmp_path / "adapter", {"r": 4})
     with open_checkpoint(llama) as base:

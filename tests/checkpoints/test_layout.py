@@ -249,6 +249,8 @@ NAMES: dict[str, tuple[tuple[int, ...], Role]] = {
     "blocks.0.norm1.weight": ((8,), Role(0, "norm")),
     "model.layers.0.self_attn.kv_a_proj_with_mqa.weight": ((8, 8), Role(0, "attn_k")),
     "logit_scale": ((), Role(None, "other")),
+    "layers.0.classifier.weight": ((8, 8), Role(0, "other")),
+    "layers.0.mlp.norm_proj.weight": ((8, 8), Role(0, "mlp_other")),
     "weight": ((3, 3), Role(None, "other")),
     "bias": ((3,), Role(None, "bias")),
     "": ((3,), Role(None, "other")),
