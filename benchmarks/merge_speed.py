@@ -95,15 +95,15 @@ CASES = {
 class Race:
     """The contestants on one set of models, with one recipe per method."""
 
-    def __init__(self, models: Path, scratch: Path, peer: Path | None) -> None:
-        self.models, self.scratch, self.peer = models, scratch, peer
+    def __init__(self, models: Path, scratch: Path, peer: Path | None, tuned: bool = True) -> None:
+        self.models, self.scratch, self.peer, self.tuned = models, scratch, peer, tuned
         self.run_folder, self.log = scratch / "run", scratch / "log.txt"
         self.out = self.run_folder / "out"
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(UNSET)}
         self.environment["HF_HUB_OFFLINE"] = "1"  # all is local: no look at the Hub for a model card
 
     def contestants(self, method: str) -> list[str]:
-        peer = [PEER, TUNED] if self.peer and not CASES[method].native else []
+        peer = [PEER, *([TUNED] if self.tuned else [])] if self.peer and not CASES[method].native else []
         return [PLAIN, VERIFIED, ENGINE, *peer]
 
     def recipe(self, method: str) -> Path:
@@ -287,6 +287,7 @@ def main() -> None:
     parser.add_argument("--size", choices=[s for s in SIZES if not SIZES[s].header_only], default="0.47b")
     parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES), metavar="METHOD")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--untuned", action="store_true", help="leave out the peer's best flags (it is slow)")
     parser.add_argument("--peer-runs", type=int, help="fewer runs for the peer (default: as many)")
     parser.add_argument("--models", type=Path, default=default_folder(), help="folder (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write every run to this file")
@@ -306,7 +307,7 @@ def main() -> None:
     facts = machine(options.peer) | {"models": size}
     peer_runs = options.runs if options.peer_runs is None else options.peer_runs
     with tempfile.TemporaryDirectory(prefix="run-", dir=models.parent) as scratch:
-        race = Race(models, Path(scratch), options.peer)
+        race = Race(models, Path(scratch), options.peer, tuned=not options.untuned)
         entries = compete(race, options.methods, options.runs, peer_runs, console)
 
     tables = [times(entries), ratios(entries), details(entries)]

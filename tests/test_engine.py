@@ -167,13 +167,16 @@ def test_inputs_are_not_touched(zoo: Zoo, tmp_path: Path) -> None:
     assert state() == before
 
 
-def test_progress_only_grows_and_ends_at_the_total(zoo: Zoo, tmp_path: Path) -> None:
-    for case in CASES:
-        seen: list[tuple[int, int, int]] = []
-        merge(recipe_for(case, zoo.paths), tmp_path / case.id, threads=2,
-              on_progress=lambda p: seen.append((p.done, p.moved, p.total)))  # fmt: skip
-        assert seen == sorted(seen) and len({total for _, _, total in seen}) == 1
-        assert seen[-1][0] == seen[-1][2] and seen[-1][1] > 0
+@each_case
+def test_progress_only_grows_and_ends_at_the_total(zoo: Zoo, case: Case, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def note(progress: Progress) -> None:
+        seen.append((progress.done, progress.moved, progress.total))
+
+    merge(recipe_for(case, zoo.paths), tmp_path / "out", threads=2, on_progress=note)
+    assert seen == sorted(seen) and len({total for _, _, total in seen}) == 1
+    assert seen[-1][0] == seen[-1][2] and seen[-1][1] > 0
 
 
 # -- the manifest and the other files -----------------------------------------------------------------

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,14 @@ def defaults() -> list[dict[str, Any]]:
     ]
 
 
-def merge(demo: Path, setting: Mapping[str, Any], out: Path) -> Path:
-    """One merged model of all experts, made by the engine, as a folder."""
+def merge(models: Path, names: Iterable[str], setting: Mapping[str, Any], out: Path) -> Path:
+    """One merged model of ``base`` and ``experts/<name>`` in ``models``, made by the engine, as a folder."""
     experts = [
-        {"model": str(demo / "experts" / skill), "name": skill, "parameters": dict(setting["experts"])}
-        for skill in SKILLS
+        {"model": str(models / "experts" / name), "name": name, "parameters": dict(setting["experts"])}
+        for name in names
     ]
     recipe = {
-        "base": str(demo / "base"),
+        "base": str(models / "base"),
         "experts": experts,
         "method": setting["method"],
         "parameters": dict(setting["parameters"]),
@@ -78,7 +78,7 @@ def scores(folder: Path, demo: Path, split: str) -> Scores:
 
 def merged_scores(setting: Mapping[str, Any], demo: Path, split: str) -> Scores:
     with tempfile.TemporaryDirectory() as folder:
-        return scores(merge(demo, setting, Path(folder) / "model"), demo, split)
+        return scores(merge(demo, SKILLS, setting, Path(folder) / "model"), demo, split)
 
 
 def mean_accuracy(found: Mapping[str, Score]) -> float:

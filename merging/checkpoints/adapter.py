@@ -234,9 +234,8 @@ def _combine(
         del tensors[head]
     elif tied:
         config = _untied(config)
-    rows = tensors[embedding].shape[0] if embedding else None
     if config and embedding and config.get("vocab_size") == base.tensors[embedding].shape[0]:
-        config["vocab_size"] = rows
+        config["vocab_size"] = tensors[embedding].shape[0]
     return config, tensors
 
 
@@ -257,8 +256,7 @@ def _places(
             "Check that the base is the model that the adapter was trained on.",
         )
     places = {key: key if key in known or key in extra else shift(key) for key in keys}
-    names = sorted(places[key] for key in keys)
-    if len(set(names)) < len(names):
+    if len(set(names := sorted(places[key] for key in keys))) < len(names):
         twice = next(name for name, following in zip(names, names[1:], strict=False) if name == following)
         _refuse(folder, f"Two keys change {twice!a:.200}.")
     return places
