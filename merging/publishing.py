@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -36,8 +37,9 @@ def make_manifest(plan: Plan, device: str, survival: dict[str, Any] | None) -> d
     }
 
 
+@cache
 def versions() -> dict[str, str]:
-    """This program, Python, and the libraries that touch the numbers."""
+    """This program, Python, and the libraries that touch the numbers. Do not change the result: it is shared."""
     return {
         "amalgam": VERSION,
         "python": platform.python_version(),

@@ -37,8 +37,8 @@ Work = Callable[[Any, Told], Any]
 
 
 def can_fork(device: str) -> bool:
-    """Forking is safe and useful on Linux as long as no GPU is involved."""
-    return sys.platform == "linux" and device == "cpu"
+    """Forking is safe and useful on Linux as long as no GPU is involved. (A daemonic process may have no children.)"""
+    return sys.platform == "linux" and device == "cpu" and not multiprocessing.current_process().daemon
 
 
 def spread(

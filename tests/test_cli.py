@@ -91,10 +91,13 @@ def test_verify_finds_a_flipped_bit(folder: Path, tmp_path: Path) -> None:
     assert "E_MANIFEST" in run("verify", copy).stderr
 
 
-def test_quiet_says_nothing_and_the_seed_can_be_given(folder: Path, tmp_path: Path) -> None:
-    path = changed(folder, tmp_path, "method: ties", "method: dare_linear")
-    done = run("merge", path, tmp_path / "out", "--quiet", "--seed", 7, "--memory", "2GB", "--device", "cpu")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_quiet_says_nothing_and_the_seed_can_be_given(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(changed(folder, tmp_path, "method: ties", "method: dare_linear"))
+    options = ["--quiet", "--seed", "7", "--memory", "2GB", "--device", "cpu"]
+    assert app.main(["merge", path, str(tmp_path / "out"), *options]) == 0
+    assert capsys.readouterr() == ("", "")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seed"] == 7
 
 
@@ -145,6 +148,12 @@ def test_the_plan_as_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
 # -- wrong input --------------------------------------------------------------------------------------
 
 
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """The same without the second that a new process takes."""
+    code = app.main(list(map(str, arguments)))
+    return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+
 def is_helpful(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr and result.stderr.startswith("error: ")
@@ -165,22 +174,24 @@ def is_helpful(result: subprocess.CompletedProcess[str], code: int, *words: str)
     ],
     ids=lambda value: str(value)[:12],
 )
-def test_a_wrong_recipe(folder: Path, tmp_path: Path, old: str, new: str, code: int, words: list[str]) -> None:
-    path = changed(folder, tmp_path, old, new)
-    result = run("plan", path)
-    if "E_HEADER" in words and "E_NOT_SAFETENSORS" in result.stderr:
-        words = ["E_NOT_SAFETENSORS", "recipe.yaml"]
-    is_helpful(result, code, *words)
+def test_a_wrong_recipe(
+    folder: Path,
+    tmp_path: Path,
+    old: str,
+    new: str,
+    code: int,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    is_helpful(in_process(capsys, "plan", changed(folder, tmp_path, old, new)), code, *words)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["plan", "absent.yaml"], 2, ["E_RECIPE_READ", "absent.yaml"]),
-        (["merge", "{folder}", "{out}"], 2, ["E_RECIPE_READ", "not a file"]),
         (["verify", "{out}"], 3, ["E_NOT_FOUND"]),
         (["plan", "{recipe}", "--shard-size", "3kB"], 5, ["shard size", "1MB"]),
-        (["merge", "{recipe}", "{out}", "--seed", "-1"], 2, ["E_RECIPE_FIELD", "seed"]),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -196,6 +207,7 @@ def test_a_wrong_command(folder: Path, tmp_path: Path, arguments: list[str], cod
         (["{folder}/base"], ["E_OUTPUT_EXISTS", "base"]),
         (["{out}", "--memory", "20MB"], ["E_MEMORY", "20 MB", "--memory"]),
         (["{out}", "--device", "abacus"], ["E_DEVICE", "abacus", "cpu"]),
+        (["{out}", "--shard-size", "3kB"], ["E_OUTPUT_NAME", "shard size"]),
         (["{folder}/recipe.yaml/out"], ["E_OUTPUT"]),
         ([".."], ["E_OUTPUT_NAME"]),
     ],
@@ -205,9 +217,14 @@ def test_an_output_that_cannot_be_made(
     folder: Path, tmp_path: Path, options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     filled = [option.format(folder=folder, out=tmp_path / "out") for option in options]
-    code = app.main(["merge", str(folder / "recipe.yaml"), *filled])
-    is_helpful(subprocess.CompletedProcess([], code, "", capsys.readouterr().err), 5, *words)
+    is_helpful(in_process(capsys, "merge", folder / "recipe.yaml", *filled), 5, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_and_a_recipe_that_are_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong_seed = in_process(capsys, "merge", folder / "recipe.yaml", tmp_path / "out", "--seed", "-1")
+    is_helpful(wrong_seed, 2, "E_RECIPE_FIELD", "seed")
+    is_helpful(in_process(capsys, "merge", folder, tmp_path / "out"), 2, "E_RECIPE_READ", "not a file")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ a typed error and no output, or the complete output; and the same merge, done ag
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import random
@@ -90,25 +89,41 @@ def test_a_worker_that_is_killed(zoo: Zoo, case: Case, tmp_path: Path) -> None:
     """As the system does when memory runs out. The error says so, and the same merge goes on."""
     errors: list[AmalgamError] = []
 
-    def run_it() -> None:
-        with contextlib.suppress(AmalgamError):
-            try:
-                merge(recipe_for(case, zoo.paths), tmp_path / "out", threads=2)
-            except AmalgamError as error:
-                errors.append(error)
+    def run_it(out: Path) -> None:
+        try:
+            merge(recipe_for(case, zoo.paths), out, threads=2)
+        except AmalgamError as error:
+            errors.append(error)
 
-    before, merging = set(multiprocessing.active_children()), threading.Thread(target=run_it)
-    merging.start()
-    while merging.is_alive() and not set(multiprocessing.active_children()) - before:
-        time.sleep(0.0005)
-    for worker in set(multiprocessing.active_children()) - before:
-        worker.kill()
-        break
-    merging.join(30)
+    before = set(multiprocessing.active_children())
+    for attempt in range(10):  # on a busy machine the work may be done before we get to kill anybody
+        out = tmp_path / str(attempt)
+        merging = threading.Thread(target=run_it, args=(out,))
+        merging.start()
+        while merging.is_alive() and not set(multiprocessing.active_children()) - before:
+            time.sleep(0.0005)
+        for worker in list(set(multiprocessing.active_children()) - before)[:1]:
+            worker.kill()
+        merging.join(30)
+        if errors:
+            break
     assert [error.code for error in errors] == ["E_WORKER"] and "signal 9" in str(errors[0])
-    assert not (tmp_path / "out").exists() and not set(multiprocessing.active_children()) - before
-    merge(recipe_for(case, zoo.paths), tmp_path / "out", threads=2)
-    assert same_bits(load(tmp_path / "out"), zoo.expected(case))
+    assert not out.exists() and not set(multiprocessing.active_children()) - before
+    merge(recipe_for(case, zoo.paths), out, threads=2)
+    assert same_bits(load(out), zoo.expected(case))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT TESTED: there is no fork")
+def test_a_merge_inside_of_a_process_that_may_have_no_children(zoo: Zoo, tmp_path: Path) -> None:
+    """Its workers are threads."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(
+        target=merge, args=(recipe_for(CASES[2], zoo.paths), tmp_path / "out"), kwargs={"threads": 3}, daemon=True
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert same_bits(load(tmp_path / "out"), zoo.expected(CASES[2]))
 
 
 # -- a world that does not keep still -----------------------------------------------------------------

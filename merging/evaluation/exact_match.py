@@ -275,7 +275,7 @@ def _least(values: Any) -> float:
 
 
 def _longest_answer(model: Model, task: Task) -> int:
-    answers = model.tokenizer([item.answer for item in task.items], add_special_tokens=False)["input_ids"]
+    answers = model.tokenizer([item.answer.strip() for item in task.items], add_special_tokens=False)["input_ids"]
     unknown = model.tokenizer.unk_token_id
     for item, numbers in zip(task.items, answers, strict=True):
         if unknown is not None and unknown in numbers:
