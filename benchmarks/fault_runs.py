@@ -446,8 +446,10 @@ def calls(runs: Runs) -> str:
             for at in range(1 + runs.chance.randrange(runs.options.every), most + 1, runs.options.every):
                 out = runs.new_output()
                 rule = f"--inject={names}:{fault}:when={at}"
+                # Without the first two, strace would stop the process at every one of its calls.
+                strace = ("strace", "-f", "--seccomp-bpf", f"--trace={names}", "-o", "/dev/null", rule)
                 with Observer(out):
-                    done = merge(recipe, out, before=("strace", "-f", "-o", "/dev/null", rule))
+                    done = merge(recipe, out, before=strace)
                 text = str(re.findall(r"\[(E_\w+)\]", done.stderr) or done.returncode)
                 outcomes[f"{fault} -> {text}"] += 1
                 if "Traceback" in done.stderr or done.returncode not in (0, 3, 5, 6, -9, 137):

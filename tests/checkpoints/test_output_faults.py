@@ -130,25 +130,25 @@ def test_every_single_call_to_the_system_may_fail(quick_disk: Path, fault: str) 
 # ------------------------------------------------------------------------------- system calls, by strace
 
 
-def inject(*rules: str) -> tuple[str, ...]:
-    return ("strace", "-f", "-o", "/dev/null", *(f"--inject={rule}" for rule in rules))
+def inject(rule: str) -> tuple[str, ...]:
+    names = rule.split(":")[0]  # only these calls are traced: stopping at every call would take seconds
+    return ("strace", "-f", "--seccomp-bpf", f"--trace={names}", "-o", "/dev/null", f"--inject={rule}")
 
 
 @needs_strace
 @pytest.mark.parametrize(
-    "rules",
+    "rule",
     [
-        ["pwrite64:error=EINTR:when=2+3"],
-        ["fallocate:error=EOPNOTSUPP"],
-        ["fallocate:error=EINTR:when=1"],
-        ["renameat2:error=EINVAL"],
-        ["renameat2:error=ENOSYS"],
-        ["sync_file_range:error=EIO"],
+        "pwrite64:error=EINTR:when=2+3",
+        "fallocate:error=EOPNOTSUPP",
+        "fallocate:error=EINTR:when=1",
+        "renameat2:error=EINVAL",
+        "renameat2:error=ENOSYS",
+        "sync_file_range:error=EIO",
     ],
-    ids=str,
 )
-def test_faults_that_are_overcome(tmp_path: Path, rules: list[str]) -> None:
-    assert run("write", tmp_path / "model", before=inject(*rules)).endswith("done\n")
+def test_faults_that_are_overcome(tmp_path: Path, rule: str) -> None:
+    assert run("write", tmp_path / "model", before=inject(rule)).endswith("done\n")
     assert differences(tmp_path / "model", LARGER) == ""
 
 
