@@ -36,9 +36,7 @@ def _c_function(name: str, *argument_types: type) -> Callable[..., int] | None:
 
 _fallocate = _c_function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _sync_file_range = _c_function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_renameat2 = _c_function(
-    "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
-)
+_renameat2 = _c_function("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
 # ------------------------------------------------------------------------------------------------- errors
@@ -83,8 +81,7 @@ def write_error(error: OSError, where: Path, needed: int = 0) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_space(where, needed)
     fix = {
-        errno.EFBIG: "A file may not grow that large here (file system or `ulimit -f`): choose a smaller "
-        "shard size.",
+        errno.EFBIG: "A file may not grow that large here (file system or `ulimit -f`): choose a smaller shard size.",
         errno.EMFILE: "Too many open files: choose a larger shard size or raise `ulimit -n`.",
         errno.EIO: "The disk reports a fault. Check it (`dmesg`), then run the same command again.",
         errno.ENAMETOOLONG: "Choose a shorter name.",
@@ -223,3 +220,9 @@ def lock_folder(folder: Path) -> int:
                 raise
             os.close(descriptor)
     raise OutputError("E_BUSY", f"The folder {folder} keeps being removed by another process.")
+
+
+def unlock_folder(descriptor: int) -> None:
+    """Give back what ``lock_folder`` gave, also if a child process inherited the descriptor."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

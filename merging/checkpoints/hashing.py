@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from merging.checkpoints.disk import fill_from, start_writeback
-from merging.errors import OutputError, VerificationError
+from merging.errors import VerificationError
 
 if TYPE_CHECKING:
     from merging.checkpoints.header import TensorEntry
@@ -54,11 +54,18 @@ def feed(
         start += len(block)
 
 
-def checksum(descriptor: int, start: int, size: int) -> str:
-    """xxh3_128 of a stretch of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    feed(descriptor, start, size, bytearray(max(1, min(BLOCK, size))), (digest.update,))
-    return digest.hexdigest()
+class Stopped(Exception):
+    """Raised between two blocks when nobody waits for the result any more."""
+
+
+def stop_when(event: threading.Event) -> Callable[[memoryview], None]:
+    """An ``update`` for ``feed`` that ends it soon after ``event`` is set, in the middle of a large tensor too."""
+
+    def update(_block: memoryview) -> None:
+        if event.is_set():
+            raise Stopped
+
+    return update
 
 
 def matching(
@@ -66,18 +73,27 @@ def matching(
 ) -> set[str]:
     """The names among ``(descriptor, entry, xxh3_128)`` whose bytes on disk have that checksum."""
     total, done, found = sum(entry.nbytes for _, entry, _ in claims), 0, set()
+    stopped = threading.Event()
+    stop = stop_when(stopped)
 
     def holds(claim: tuple[int, TensorEntry, str]) -> bool:
         descriptor, entry, expected = claim
-        return checksum(descriptor, entry.start, entry.nbytes) == expected
+        digest = xxhash.xxh3_128()
+        buffer = bytearray(max(1, min(BLOCK, entry.nbytes)))
+        feed(descriptor, entry.start, entry.nbytes, buffer, (digest.update, stop))
+        return digest.hexdigest() == expected
 
     with ThreadPoolExecutor(hash_threads()) as pool:
-        for (_, entry, _), equal in zip(claims, pool.map(holds, claims), strict=True):
-            if equal:
-                found.add(entry.name)
-            done += entry.nbytes
-            if progress:
-                progress(done, total)
+        try:
+            for (_, entry, _), equal in zip(claims, pool.map(holds, claims), strict=True):
+                if equal:
+                    found.add(entry.name)
+                done += entry.nbytes
+                if progress:
+                    progress(done, total)
+        except BaseException:
+            stopped.set()
+            raise
     return found
 
 
@@ -118,7 +134,8 @@ class Follower:
         self._ready: deque[_File] = deque()
         self._files_running = 0
         self._error: BaseException | None = None
-        self._stopping = False
+        self._stopping = threading.Event()
+        self._stop = stop_when(self._stopping)
         self.sync_failed = False  # a failed fsync: what is on the disk is unknown
         self.tensor_digests: dict[str, str] = {}  # name -> SHA-256
         self.hashed_bytes = 0
@@ -170,7 +187,7 @@ class Follower:
     def stop(self) -> None:
         """End the threads; work that was not done is dropped. May be called twice."""
         with self._condition:
-            self._stopping = True
+            self._stopping.set()
             self._condition.notify_all()
         for thread in self._threads:
             thread.join()
@@ -203,7 +220,7 @@ class Follower:
         while True:
             with self._condition:
                 work = None
-                while not self._stopping and not self._error and not (work := self._take()):
+                while not self._stopping.is_set() and not self._error and not (work := self._take()):
                     self._condition.wait()
                 if work is None:
                     return
@@ -218,9 +235,7 @@ class Follower:
     def _hash_tensor(self, file: _File, entry: TensorEntry, expected: str, buffer: bytearray) -> None:
         start_writeback(file.descriptor, entry.start, entry.nbytes)
         sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
-        feed(
-            file.descriptor, entry.start, entry.nbytes, buffer, (xxh3.update, sha256.update, self._stop_early)
-        )
+        feed(file.descriptor, entry.start, entry.nbytes, buffer, (xxh3.update, sha256.update, self._stop))
         if xxh3.hexdigest() != expected:
             raise VerificationError(
                 "E_VERIFY",
@@ -236,7 +251,7 @@ class Follower:
     def _hash_file(self, file: _File, buffer: bytearray) -> None:
         with self._condition:
             size = min(file.reachable - file.hashed, _STRETCH)
-        feed(file.descriptor, file.hashed, size, buffer, (file.digest.update, self._stop_early))
+        feed(file.descriptor, file.hashed, size, buffer, (file.digest.update, self._stop))
         at_end = file.hashed + size == file.size
         if at_end:
             try:
@@ -252,8 +267,3 @@ class Follower:
             self._files_running -= 1
             self._offer(file)
             self._condition.notify_all()
-
-    def _stop_early(self, _block: memoryview) -> None:
-        """Between two blocks: nobody waits seconds for a large tensor when the merge was cancelled."""
-        if self._stopping:
-            raise OutputError("E_OUTPUT_WRITE", "Hashing was stopped.")

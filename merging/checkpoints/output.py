@@ -35,6 +35,7 @@ from merging.checkpoints.disk import (
     reserve,
     start_writeback,
     sync_folder,
+    unlock_folder,
     write_at,
     write_error,
     writing,
@@ -202,9 +203,7 @@ class OutputFolder:
         """
         name, entry = self._home[tensor]
         if offset < 0 or offset + data.nbytes > entry.nbytes:
-            raise ValueError(
-                f"bytes {offset}…{offset + data.nbytes} are outside of {tensor} ({entry.nbytes} bytes)"
-            )
+            raise ValueError(f"bytes {offset}…{offset + data.nbytes} are outside of {tensor} ({entry.nbytes} bytes)")
         if tensor in self._finished:
             raise ValueError(f"{tensor} is finished already")
         try:
@@ -349,7 +348,7 @@ class OutputFolder:
         if not self._worth_keeping:
             shutil.rmtree(self._model, ignore_errors=True)
         clear_work(self._work)
-        os.close(self._lock)
+        unlock_folder(self._lock)
         self._lock = -1
 
     def __enter__(self) -> OutputFolder:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merging.checkpoints.disk import lock_folder, write_error
+from merging.checkpoints.disk import lock_folder, unlock_folder, write_error
 from merging.checkpoints.manifest import NAME as MANIFEST
 from merging.checkpoints.manifest import read_manifest
 from merging.errors import OutputError, VerificationError
@@ -49,9 +49,7 @@ def check_output_name(final: Path) -> None:
     elif name.startswith(".") and name.endswith(".partial"):
         why = "That form of name is kept for unfinished work."
     if why:
-        raise OutputError(
-            "E_OUTPUT_NAME", f"{str(final)[:300]!r} cannot name the output.", why, "Choose another name."
-        )
+        raise OutputError("E_OUTPUT_NAME", f"{str(final)[:300]!r} cannot name the output.", why, "Choose another name.")
 
 
 def work_folder(final: Path) -> Path:
@@ -89,7 +87,7 @@ def refuse_existing(final: Path, plan_hash: str) -> None:
             lock = lock_folder(work)
             if not os.path.lexists(work / "model"):
                 clear_work(work)
-            os.close(lock)
+            unlock_folder(lock)
     raise OutputError("E_OUTPUT_EXISTS", f"{final} exists already.", why, fix)
 
 

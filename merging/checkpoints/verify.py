@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.checkpoints.files import open_plain
-from merging.checkpoints.hashing import BLOCK, feed, hash_threads
+from merging.checkpoints.hashing import BLOCK, Stopped, feed, hash_threads
 from merging.checkpoints.header import read_header
 from merging.checkpoints.manifest import NAME, read_manifest
 from merging.errors import AmalgamError, InputError, VerificationError
@@ -106,8 +106,12 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
         return _check_file(folder / name, files[name], tensors, counter)
 
     with ThreadPoolExecutor(hash_threads()) as pool:
-        # The largest first, so that no thread starts on one when the others are done.
-        found = list(pool.map(check, sorted(files, key=lambda name: -files[name]["size"])))
+        try:
+            # The largest first, so that no thread starts on one when the others are done.
+            found = list(pool.map(check, sorted(files, key=lambda name: -files[name]["size"])))
+        except BaseException:  # Ctrl-C: the threads must not go on to the end of their files
+            counter.stopped.set()
+            raise
     problems = [problem for problem in found if problem]
     problems += [
         Problem("unexpected", name, "The manifest does not list it: it was put here later.")
@@ -124,18 +128,18 @@ class _Counter:
 
     def __init__(self, progress: Callable[[int, int], None] | None, total: int):
         self.progress, self.total, self.done = progress, total, 0
-        self.lock = threading.Lock()
+        self.lock, self.stopped = threading.Lock(), threading.Event()
 
     def __call__(self, block: memoryview) -> None:
+        if self.stopped.is_set():
+            raise Stopped
         with self.lock:
             self.done += len(block)
             if self.progress:
                 self.progress(self.done, self.total)
 
 
-def _check_file(
-    path: Path, expected: dict[str, Any], tensors: dict[str, Any], counter: _Counter
-) -> Problem | None:
+def _check_file(path: Path, expected: dict[str, Any], tensors: dict[str, Any], counter: _Counter) -> Problem | None:
     """What is wrong with one file that the manifest lists, or None."""
     try:
         descriptor = open_plain(path)

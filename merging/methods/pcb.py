@@ -205,6 +205,8 @@ class Pcb(Method):
                 excess = beta.sub_(prepared.thresholds[k]).clamp_(min=0)
                 total.add_(excess, alpha=1 / spread)
                 merged.addcmul_(self._clipped(block, tau, prepared, k), excess, value=self.experts[k].weight / spread)
+            else:  # all scores equal: every w_k is 0, and only a NaN comes through
+                merged.add_(tau, alpha=0)
         merged.div_(total.clamp_(min=1e-12))
         return block.add_to_base(merged if self.shared.lambda_ == 1 else merged.mul_(self.shared.lambda_))
 

@@ -280,6 +280,16 @@ def test_the_same_name_twice_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "model").is_dir()
 
 
+def test_a_lock_that_a_child_process_inherited_ends_with_close(tmp_path: Path) -> None:
+    files = layout()
+    with OutputFolder.open(tmp_path / "model", files, PLAN) as out:
+        inherited = os.dup(out._lock)  # what a fork does
+        fill(out, files, count=4)
+    with OutputFolder.open(tmp_path / "model", files, PLAN) as out:
+        assert len(out.done) == 4
+    os.close(inherited)
+
+
 def test_of_eight_threads_one_wins(tmp_path: Path) -> None:
     outcomes, barrier = [], threading.Barrier(8)
 
@@ -439,6 +449,23 @@ def test_finished_tensors_are_kept(tmp_path: Path) -> None:
         for name, data in SIDE_FILES.items():
             out.add(name, data)
         out.finish({})
+    assert differences(tmp_path / "model") == ""
+
+
+def test_hashing_again_can_be_cancelled_and_loses_nothing(tmp_path: Path) -> None:
+    interrupted(tmp_path / "model")
+
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        OutputFolder.open(tmp_path / "model", layout(), PLAN, progress=cancel)
+    with OutputFolder.open(tmp_path / "model", layout(), PLAN) as out:
+        assert len(out.done) == 8
+        fill(out, layout())
+        with pytest.raises(KeyboardInterrupt):
+            out.finish({}, cancel)
+    produce(tmp_path / "model")
     assert differences(tmp_path / "model") == ""
 
 

@@ -119,9 +119,7 @@ def edit_manifest(model: Path, change: Callable[[dict[str, Any]], object], seale
     digest = content.pop(DIGEST)
     change(content)
     raw = (
-        seal(content)
-        if sealed
-        else seal(content).replace(json.loads(seal(content))[DIGEST].encode(), digest.encode())
+        seal(content) if sealed else seal(content).replace(json.loads(seal(content))[DIGEST].encode(), digest.encode())
     )
     (model / "manifest.json").write_bytes(raw)
 
@@ -184,9 +182,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
         {"manifest.json": "manifest"},
     ),
     "a manifest in another notation": (
-        lambda m: (m / "manifest.json").write_bytes(
-            (m / "manifest.json").read_bytes().replace(b"0.5", b"0.50")
-        ),
+        lambda m: (m / "manifest.json").write_bytes((m / "manifest.json").read_bytes().replace(b"0.5", b"0.50")),
         {"manifest.json": "manifest"},
     ),
     "a manifest with a key twice": (
@@ -284,6 +280,21 @@ def test_progress_counts_every_byte_once(finished: Path) -> None:
     total = sum(map(len, expected_files(LARGER).values()))
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_it_stops_in_the_middle_of_a_file(tmp_path: Path) -> None:
+    """Ctrl-C must not wait until the threads have hashed what remains of files of many GB."""
+    final = produce(tmp_path / "model", layout(tensors=4, shards=1, largest=8_000_000))
+    seen = []
+
+    def cancel(done: int, total: int) -> None:
+        seen.append(done)
+        if done > 2_000_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(final, cancel)
+    assert max(seen) < 6_000_000 < (final / "model-00001-of-00001.safetensors").stat().st_size
 
 
 def test_a_model_in_the_cache_of_the_hub(finished: Path, tmp_path: Path) -> None:
