@@ -29,6 +29,7 @@ from .checkpoints.output import OutputFile
 from .checkpoints.side_files import OutputFacts, SideFiles, collect
 from .errors import AmalgamError, InputError, OutputError, RecipeError
 from .methods import BLOCK, Method
+from .methods.selection import memory
 from .recipe import Recipe
 from .recipe_parameters import Resolved
 from .recipe_parts import RESERVED
@@ -105,11 +106,17 @@ class Plan:
         return sum(f.size for f in self.files)
 
     def memory(self, threads: int) -> int:
-        """Peak anonymous memory in bytes: the interpreter, and each worker's buffers for one block."""
+        """Peak anonymous memory in bytes: the interpreter, each worker's buffers for one block, and what it takes to
+        find thresholds."""
         inputs = max((len(t.inputs()) for t in self.tensors), default=1)
         widest = max((ITEM_BITS[s.dtype] // 8 for t in self.tensors for s in t.inputs()), default=2)
         element = 4 if widest <= 2 else 8
-        return INTERPRETER + threads * BLOCK * (inputs * (widest + 4 * element) + 10 * element)
+        buffers = 2 * threads * BLOCK * (inputs * (widest + 4 * element) + 10 * element)
+        scanned = [t for t in self.tensors if t.method and t.method.passes > 1]
+        in_one = sum(t.numel for t in scanned if t.method and t.method.whole_model() is not None)
+        largest = max((t.numel for t in scanned), default=0)
+        searches = memory(in_one, inputs, element) if in_one else threads * memory(largest, inputs, element)
+        return INTERPRETER + buffers + (searches if scanned else 0)
 
     def seconds(self, threads: int) -> float:
         """A rough estimate of the time on a CPU: arithmetic shared by the threads, and bytes at 1 GB/s."""

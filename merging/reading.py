@@ -27,7 +27,7 @@ class SourceReader:
     """Fills a compute tensor with a run of a source's elements. One thread at a time.
 
     ``slot``: which of the worker's windows it uses; readers of one block need different ones. ``check``: refuse what
-    is not finite. ``blank``: make it 0.
+    is not finite (not in samples: a whole pass follows). ``blank``: make it 0.
     """
 
     def __init__(self, source: Source, slot: int, check: bool = False, blank: bool = False) -> None:
@@ -36,19 +36,19 @@ class SourceReader:
         self.values: Tensor | None = None
         self.start = self.stop = 0
 
-    def __call__(self, start: int, out: Tensor, workspace: Workspace) -> None:
-        stop = start + out.numel()
+    def __call__(self, start: int, out: Tensor, workspace: Workspace, stride: int = 1) -> None:
+        stop = start + (out.numel() - 1) * stride + 1
         if not (workspace.window_owner(self.slot) is self and self.start <= start and stop <= self.stop):
-            self._fetch(start, stop, workspace)
+            self._fetch(start, stop, workspace, ahead=stride == 1)
         assert self.values is not None
-        out.copy_(self.values[start - self.start : stop - self.start])
+        out.copy_(self.values[start - self.start : stop - self.start : stride])
         if self.blank:
             out.nan_to_num_(0.0, 0.0, 0.0)
-        if self.check and not math.isfinite(float(out.sum())):
+        if self.check and stride == 1 and not math.isfinite(float(out.sum())):
             refuse_non_finite(self.source, start, out)
 
-    def _fetch(self, start: int, stop: int, workspace: Workspace) -> None:
-        if stop - start >= workspace.block_size:  # a full block: more will follow
+    def _fetch(self, start: int, stop: int, workspace: Workspace, ahead: bool) -> None:
+        if ahead and stop - start >= workspace.block_size:  # a full block: more will follow
             stop = min(start + WINDOW * (stop - start), self.source.numel)
         raw = workspace.window(self.slot, self, (stop - start) * self.size)
         self.source.read(start, stop, raw.numpy().data)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -146,6 +147,7 @@ def _in_processes(
 def _worker(work: Work, items: Sequence[Any], counter: Any, channel: Connection, parent: int) -> None:
     """The life of a forked worker. It touches no lock that another thread of the parent may have held."""
     _die_with(parent)
+    gc.freeze()  # looking through the parent's objects would copy their memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     elements = moved = 0

@@ -131,7 +131,7 @@ class Scan(Protocol):
         """``function`` of each block: one list per tensor, in block order. One pass over the inputs."""
 
     def sample(self, function: Callable[[Block], R], size: int) -> list[R]:
-        """``function`` of short blocks spread evenly, about ``size`` elements in all. Reads only those."""
+        """``function`` of blocks of elements (not neighbours) spread evenly, about ``size`` elements in all."""
 
 
 class Method:

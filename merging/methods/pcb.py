@@ -58,6 +58,7 @@ class Pcb(Method):
     needs_base = True
     experts_range = (1, None)
     passes = 3
+    coarse = 2
     nanoseconds = 14.0
 
     class Shared(Parameters):
@@ -170,17 +171,16 @@ class Pcb(Method):
 
     def _scores_by_pairs(self, block: Block, signed: list[Tensor]) -> list[Tensor]:
         """Variant C: exp(N s_k²)·Σ_j tanh(s_k s_j), each pair computed once."""
-        count, betas, sums, pair = len(signed), [], [], block.buffer("pair")
+        sums, pair, zero = [], block.buffer("pair"), _zero(signed[0])
         for k, s in enumerate(signed):
-            square = torch.mul(s, s, out=block.buffer(f"inter{k}"))
-            betas.append(torch.mul(square, count, out=block.buffer(f"beta{k}")).exp_())
-            sums.append(square.tanh_())
-        for i in range(count):
+            sums.append(torch.mul(s, s, out=block.buffer(f"inter{k}")).tanh_())
+        for i in range(len(signed)):
             for j in range(i):
                 torch.mul(signed[i], signed[j], out=pair).tanh_()
                 sums[i].add_(pair)
                 sums[j].add_(pair)
-        return [beta.mul_(total) for beta, total in zip(betas, sums, strict=True)]
+        intra = [torch.addcmul(zero, s, s, value=len(signed), out=s).exp_() for s in signed]
+        return [i.mul_(total) for i, total in zip(intra, sums, strict=True)]
 
     def _paper_scores(self, block: Block, statistics: Statistics) -> list[Tensor]:
         taus, count = block.task_vectors(), len(self.experts)
@@ -216,7 +216,7 @@ class Pcb(Method):
             return tau
         low, high = statistics.lows[k], statistics.highs[k]
         if low > 0:
-            sign = torch.sign(tau, out=block.buffer("pair"))
+            sign = torch.sign(tau, out=block.buffer("sign"))
             return tau.abs_().clamp_(low, high).mul_(sign)
         return tau.clamp_(-high, high)
 

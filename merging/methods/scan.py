@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..errors import NumbersError
 from .base import Block, Method, Workspace
 from .lazy_torch import torch
 
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 R = TypeVar("R")
-Reader = Callable[[int, "Tensor", Workspace], None]
-"""``reader(start, out, workspace)`` fills ``out`` with the elements from flat index ``start``, converted to its
-dtype. The workspace lends it memory."""
+Reader = Callable[[int, "Tensor", Workspace, int], None]
+"""``reader(start, out, workspace, stride)`` fills ``out`` with every ``stride``-th element from flat index ``start``,
+converted to its dtype. The workspace lends it memory."""
+
+SAMPLE_BLOCK, LONGEST_STRIDE = 1 << 12, 63
+"""A sample's blocks have so many elements, each at most so far from the next."""
 
 
 @dataclass(slots=True)
@@ -36,15 +40,15 @@ class TensorInputs:
     coarse: int = 1
     """Blocks that are taken as one (see ``Method.coarse``)."""
 
-    def block(self, start: int, size: int, workspace: Workspace, seed: int) -> Block:
+    def block(self, start: int, size: int, workspace: Workspace, seed: int, stride: int = 1) -> Block:
         base = None
         if self.base is not None:
             base = workspace.buffer("base", size, self.dtype)
-            self.base(start, base, workspace)
+            self.base(start, base, workspace, stride)
         experts = []
         for k, read in enumerate(self.experts):
             expert = workspace.buffer(f"expert{k}", size, self.dtype)
-            read(start, expert, workspace)
+            read(start, expert, workspace, stride)
             experts.append(expert)
         return Block(self.name, start, base, experts, workspace, seed)
 
@@ -94,16 +98,18 @@ class BlockScan:
         return self.spread(one, self.tensors)
 
     def sample(self, function: Callable[[Block], R], size: int) -> list[R]:
-        total, piece = sum(self.sizes), 2048
-        pieces = max(1, min(size, total) // piece)
-        step = max(1, total // pieces)
-        results, offset, at = [], 0, step // 2
+        # Neighbours are alike (a row of a matrix has its own scale), so single elements are taken. The stride is
+        # odd, or it would see the same columns only.
+        share = max(1, sum(self.sizes) // max(1, size))
+        stride = min(share, LONGEST_STRIDE) | 1
+        gap = SAMPLE_BLOCK * max(0, share - stride)
+        results, offset, at = [], 0, gap // 2
         for tensor in self.tensors:
             while at < offset + tensor.size:
                 start = at - offset
-                block = tensor.block(start, min(piece, tensor.size - start), self.workspace, self.seed)
-                results.append(function(block))
-                at += step
+                count = min(SAMPLE_BLOCK, -(-(tensor.size - start) // stride))
+                results.append(function(tensor.block(start, count, self.workspace, self.seed, stride)))
+                at += count * stride + gap
             offset += tensor.size
         return results
 
@@ -124,7 +130,8 @@ def merge_tensors(
     """Merge models that are in memory; the same numbers as a merge of files.
 
     Each output tensor has the dtype of the base's (or first expert's), rounded once. All models must have the
-    same names and shapes. For global rules all tensors are ranked together, in the order of their names.
+    same names and shapes, and only finite numbers (NumbersError E_NOT_FINITE). For global rules all tensors are
+    ranked together, in the order of their names.
     """
     models = [*([base] if base is not None else []), *experts]
     workspace = Workspace(device)
@@ -146,6 +153,9 @@ def merge_tensors(
     groups = [inputs] if method.whole_model() is not None else [[i] for i in inputs]
     merged: dict[str, Tensor] = {}
     copied = method.copies()
+    if copied is None:
+        for name in (name for model in models for name, tensor in model.items() if not torch.isfinite(tensor).all()):
+            raise NumbersError("E_NOT_FINITE", f"{name} holds a NaN or an infinity.", "It would spread in the merge.")
     for group in groups:
         prepared = [None] * len(group) if copied is not None else method.prepare(BlockScan(group, workspace, seed))
         for tensor, known in zip(group, prepared, strict=True):
@@ -181,7 +191,7 @@ def round_into(out: Tensor, values: Tensor) -> None:
 def memory_reader(values: Tensor) -> Reader:
     flat = values.detach().reshape(-1)
 
-    def read(start: int, out: Tensor, workspace: Workspace) -> None:
-        out.copy_(flat[start : start + out.numel()])
+    def read(start: int, out: Tensor, workspace: Workspace, stride: int) -> None:
+        out.copy_(flat[start : start + out.numel() * stride : stride])
 
     return read

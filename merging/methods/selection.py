@@ -4,10 +4,11 @@ TIES needs the k-th largest |τ| of a tensor, PCB-Merging quantiles of |τ| and 
 tensor or over a whole model. Sorting costs 60 ns per element and all of the memory; this costs about one
 pass over the data and a small buffer, and is exact:
 
-1. a small sample gives an interval that very probably holds the wanted element;
-2. one pass counts what lies below and inside the interval and collects what lies inside, or, where the
-   sample shows only a few different values (16-bit weights: a fifth of all |τ| can be equal), counts those;
-3. the wanted element is found by its rank. If the sample was misleading or the interval too full, the
+1. a sample gives an interval that very probably holds the wanted element, and the values in it that are
+   heavy (16-bit weights: a fifth of all |τ| can be equal);
+2. one pass counts what lies below and inside the interval and how often each heavy value occurs, and collects
+   the rest that lies inside;
+3. the wanted element is found by its rank. If the sample was misleading or the rest too much to collect, the
    counts (which are exact) say where to look, and another pass follows.
 
 Counts are integers, so the result does not depend on the order of blocks, threads or devices.
@@ -27,12 +28,14 @@ from .base import BLOCK, Block, Scan
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLE = 1 << 17
-"""Elements of the first sample of each series (or a 24th of all, if that is less)."""
-COLLECT = 1 << 21
-"""Elements that are collected at most, over all searches together (8 or 16 MB)."""
-FEW = 4
-"""So many different values in the sample's interval are counted one by one instead of collected."""
+SMALL_SAMPLE, LARGE_SAMPLE = 1 << 16, 1 << 21
+"""Elements of the first sample of each series: a 64th of all within these limits, and never more than a 24th."""
+COLLECT = 1 << 24
+"""Elements that are collected at most, over all searches together. Usual are a fifth of it or far less."""
+HEAVY = 1 / 512
+"""A value with more than this share of a sample is heavy: it is counted, not collected."""
+DEVIATIONS = 6
+"""Half width of an interval, in standard deviations of the sampled rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +51,31 @@ class OrderStatistic:
 
 @dataclass(slots=True)
 class _Search:
-    """Looks for the element of ``rank`` in the closed interval [low, high]."""
+    """Looks for the element of ``rank``, which certainly is in the closed interval [low, high]."""
 
     series: int
     rank: int
     low: Any = -math.inf
     high: Any = math.inf
-    values: list[Any] = field(default_factory=list)
-    """If not empty: the only candidates seen in the interval; they are counted, nothing is collected."""
-    heavy_ends: bool = False
-    """Do many elements equal an end of the interval? They are counted then, not collected."""
-    last: bool = False
+    first: Any = -math.inf
+    """The next pass looks into [first, last], a part of [low, high]."""
+    last: Any = math.inf
+    heavy: list[Any] = field(default_factory=list)
+    """Values in [first, last] that are only counted; ascending. If first = last, that one."""
+    largest: bool = False
     """Looks for the largest element: no interval needed."""
     found: OrderStatistic | None = None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one search saw in a block (then: in all blocks)."""
+
+    below: int
+    inside: int
+    heavy: list[int]
+    rest: np.ndarray
+    """The elements inside that are not heavy, thinned out evenly if they were too many."""
 
 
 def order_statistics(
@@ -80,143 +95,176 @@ def order_statistics(
     searches = [[_Search(s, min(max(r, 0), total - 1)) for r in wanted] for s, wanted in enumerate(ranks)]
     pending = [search for group in searches for search in group]
     for search in pending:
-        search.last = search.rank == total - 1
+        search.largest = search.rank == total - 1
     if total > 4 * BLOCK:
-        _first_guess(scan, keys, pending, total)
+        _first_guess(scan, keys, [search for search in pending if not search.largest], total)
     while pending:
-        _narrow(scan, keys, pending)
+        _narrow(scan, keys, pending, total)
         pending = [search for search in pending if search.found is None]
     return [[search.found for search in group if search.found] for group in searches]
 
 
-def _first_guess(scan: Scan, keys: Callable, pending: list[_Search], total: int) -> None:
-    """Intervals from a sample: the rank's place in it, widened by eight standard deviations and a little
-    (elements come in runs, which are less telling than as many single ones)."""
-    wanted = sorted({search.series for search in pending})
+def memory(total: int, series: int, itemsize: int) -> int:
+    """Bytes that a search through ``total`` elements takes in the process that starts it (usually at most)."""
+    sampled = _sample_size(total) if total > 4 * BLOCK else total
+    return sampled * (series * itemsize + 8) + 2 * min(total * series // 128, COLLECT) * itemsize
+
+
+def _sample_size(total: int) -> int:
+    return min(max(SMALL_SAMPLE, min(total // 64, LARGE_SAMPLE)), total // 24)
+
+
+def _first_guess(scan: Scan, keys: Callable, searches: list[_Search], total: int) -> None:
+    wanted = sorted({search.series for search in searches})
 
     def look(block: Block) -> list[np.ndarray]:
         tensors = keys(block)
         return [to_numpy(tensors[s]).copy() for s in wanted]
 
-    pieces = scan.sample(look, min(SAMPLE, total // 24))
-    samples = {s: np.sort(np.concatenate([piece[i] for piece in pieces])) for i, s in enumerate(wanted)}
-    for search in pending:
-        if not search.last:
-            _focus(search, samples[search.series], (search.rank + 0.5) / total, deviations=8)
+    pieces = scan.sample(look, _sample_size(total))
+    drawn = sum(len(piece[0]) for piece in pieces)
+    reached = np.arange(1, drawn + 1) * (total / drawn)
+    for i, s in enumerate(wanted):
+        sample = np.concatenate([piece[i] for piece in pieces])
+        sample.sort()
+        for search in searches:
+            if search.series == s:
+                _focus(search, sample, reached, search.rank + 0.5)
 
 
-def _focus(search: _Search, ordered: np.ndarray, share: float, deviations: float) -> None:
-    """Narrow the interval to the neighbourhood of the quantile ``share`` of a sorted sample."""
-    n = len(ordered)
-    margin = deviations * math.sqrt(max(share * (1 - share), 0.0) * n) + 8
-    first, last = math.floor(share * n - margin), math.ceil(share * n + margin)
-    if first >= 0:
-        search.low = max(search.low, ordered[first])
-    if last < n:
-        search.high = min(search.high, ordered[last])
-    search.heavy_ends = any(
-        np.searchsorted(ordered, end, "right") - np.searchsorted(ordered, end, "left") > n // 256
-        for end in (search.low, search.high)
-    )
-    inside = ordered[max(first, 0) : last + 1]
-    edges = np.flatnonzero(np.diff(inside)) if len(inside) else inside
-    search.values = [inside[0], *inside[edges + 1]] if len(inside) and len(edges) < FEW else []
+def _focus(search: _Search, values: np.ndarray, reached: np.ndarray, place: float) -> None:
+    """Choose where to look next: around the element that has ``place`` elements below it.
 
-
-def _narrow(scan: Scan, keys: Callable, pending: list[_Search]) -> None:
-    """One pass: settle each search, or give it a narrower interval that certainly holds its element."""
-    share = COLLECT / (sum(scan.sizes) * len(pending))
-
-    def look(block: Block) -> list[tuple]:
-        tensors = keys(block)
-        return [_look(to_numpy(tensors[s.series]), s, share) for s in pending]
-
-    seen = [block for tensor in scan.map(look) for block in tensor]
-    for i, search in enumerate(pending):
-        if search.last:
-            tops, equal = zip(*((block[i][1][0], block[i][0][0]) for block in seen), strict=True)
-            number = sum(n for n, top in zip(equal, tops, strict=True) if top == max(tops))
-            search.found = OrderStatistic(float(max(tops)), sum(scan.sizes) - number, number)
-            continue
-        counts = [sum(column) for column in zip(*(block[i][0] for block in seen), strict=True)]
-        if search.values:
-            _settle_among_values(search, counts)
-        else:
-            _settle_among_collected(search, counts, np.concatenate([block[i][1] for block in seen]))
-
-
-def _look(x: np.ndarray, search: _Search, share: float) -> tuple[list[int], np.ndarray]:
-    """Counts of one block, and the elements inside the interval (thinned out evenly if more than ``share`` of all).
-
-    A search among values gets for each value how many elements are below and how many not above it. The others get
-    how many are below low, not above low, below high, not above high, and the elements strictly between; where the
-    ends are not heavy they count as inside, which saves two comparisons.
+    ``values``: a sorted sample; ``reached``: how many elements each of them and those before it stand for. The
+    interval is widened by so many standard deviations and a little.
     """
-    if search.last:
-        top = x.max(keepdims=True)
-        return [int(np.count_nonzero(x == top))], top
-    if search.values:
-        counts = []
-        for value in search.values:
-            counts += [int(np.count_nonzero(x < value)), int(np.count_nonzero(x <= value))]
-        return counts, x[:0]
-    if not search.heavy_ends:
-        inside = x >= search.low
-        below = x.size - int(np.count_nonzero(inside))
-        if search.high < math.inf:
-            inside &= x <= search.high
-        found = x[inside]
-        room = max(64, int(share * x.size))
-        thin = found[:: -(-found.size // room)] if found.size > room else found
-        return [below, below, below + found.size, below + found.size], thin
-    above_low, below_high = x > search.low, x < search.high
-    counts = [
-        int(np.count_nonzero(x < search.low)),
-        x.size - int(np.count_nonzero(above_low)),
-        int(np.count_nonzero(below_high)),
-        int(np.count_nonzero(x <= search.high)),
-    ]
-    above_low &= below_high
-    found = x[above_low] if counts[2] > counts[1] else x[:0]
-    room = max(64, int(share * x.size))
-    return counts, found[:: -(-found.size // room)] if found.size > room else found
+    total, drawn = float(reached[-1]), len(values)
+    share = min(max(place / total, 0.0), 1.0)
+    margin = (DEVIATIONS * math.sqrt(share * (1 - share) * drawn) + 8) * total / drawn
+    begin, end = np.searchsorted(reached, [place - margin, place + margin])
+    if place - margin > 0:
+        search.first = max(search.low, values[begin])
+    if end < drawn:
+        search.last = min(search.high, values[end])
+    inside = slice(np.searchsorted(values, search.first), np.searchsorted(values, search.last, side="right"))
+    before = reached[inside.start - 1] if inside.start else 0.0
+    values, reached = values[inside], reached[inside]
+    ends = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)  # of the runs of equal values
+    heavy = np.diff(reached[ends], prepend=before) > HEAVY * total
+    search.heavy = list(values[ends[heavy]]) if len(ends) > 1 else [values[0]]
 
 
-def _settle_among_values(search: _Search, counts: list[int]) -> None:
-    values, search.values = search.values, []
-    for value, below, through in zip(values, counts[::2], counts[1::2], strict=True):
-        if search.rank < below:
-            search.high = min(search.high, _neighbour(value, -math.inf))
-            return
-        if search.rank < through:
-            search.found = OrderStatistic(float(value), below, through - below)
-            return
-        search.low = max(search.low, _neighbour(value, math.inf))
-    search.high = math.inf if search.low > search.high else search.high
+def _narrow(scan: Scan, keys: Callable, pending: list[_Search], total: int) -> None:
+    """One pass: settle each search, or give it a narrower interval that certainly holds its element."""
+    share, free = COLLECT / (total * len(pending)), COLLECT
+    tops = [-math.inf] * len(pending)
+
+    def look(block: Block) -> list[_Seen]:
+        nonlocal free
+        tensors, found = keys(block), []
+        for i, search in enumerate(pending):
+            x = to_numpy(tensors[search.series])
+            if search.largest:
+                found.append(_look_for_largest(x, tops[i]))
+                tops[i] = max(tops[i], found[-1].rest[0])
+            else:
+                found.append(_look(x, search, max(64, int(share * x.size), free)))
+                free -= found[-1].rest.size
+        return found
+
+    blocks = [block for tensor in scan.map(look) for block in tensor]
+    for i, search in enumerate(pending):
+        parts = [block[i] for block in blocks]
+        if search.largest:
+            top = max(part.rest[0] for part in parts)
+            equal = sum(part.inside for part in parts if part.rest[0] == top)
+            search.found = OrderStatistic(float(top), total - equal, equal)
+        else:
+            seen = _Seen(
+                sum(part.below for part in parts),
+                sum(part.inside for part in parts),
+                [sum(column) for column in zip(*(part.heavy for part in parts), strict=True)],
+                np.concatenate([part.rest for part in parts]),
+            )
+            _settle(search, seen)
 
 
-def _settle_among_collected(search: _Search, counts: list[int], collected: np.ndarray) -> None:
-    below_low, through_low, below_high, through_high = counts
-    place, inside = search.rank - through_low, below_high - through_low
-    if search.rank < below_low:
-        search.low, search.high = -math.inf, _neighbour(search.low, -math.inf)
-    elif search.rank < through_low:
-        search.found = OrderStatistic(float(search.low), below_low, through_low - below_low)
-    elif search.rank >= through_high:
-        search.low, search.high = _neighbour(search.high, math.inf), math.inf
-    elif search.rank >= below_high:
-        search.found = OrderStatistic(float(search.high), below_high, through_high - below_high)
-    elif len(collected) == inside:
-        value = np.partition(collected, place)[place]
-        smaller = int(np.count_nonzero(collected < value))
-        equal = int(np.count_nonzero(collected == value))
-        search.found = OrderStatistic(float(value), through_low + smaller, equal)
+def _look_for_largest(x: np.ndarray, known: Any) -> _Seen:
+    """The largest of the block, and how often it occurs (left out if ``known`` is larger already)."""
+    top = x.max(keepdims=True)
+    return _Seen(0, int(np.count_nonzero(x == top)) if top[0] >= known else 0, [], top)
+
+
+def _look(x: np.ndarray, search: _Search, room: int) -> _Seen:
+    if search.first == search.last:
+        equal = int(np.count_nonzero(x == search.first))
+        return _Seen(int(np.count_nonzero(x < search.first)), equal, [equal], x[:0])
+    mask = x >= search.first
+    below = x.size - int(np.count_nonzero(mask))
+    if search.last < math.inf:
+        mask &= x <= search.last
+    rest = x[mask]
+    inside, counts = rest.size, []
+    for value in search.heavy:
+        other = rest != value
+        kept = int(np.count_nonzero(other))
+        counts.append(rest.size - kept)
+        if counts[-1]:
+            rest = rest[other]
+    return _Seen(below, inside, counts, rest[:: -(-rest.size // room)] if rest.size > room else rest)
+
+
+def _settle(search: _Search, seen: _Seen) -> None:
+    if search.rank < seen.below or search.rank >= seen.below + seen.inside:
+        _look_beside(search, seen)
+        return
+    place, rest, total = search.rank - seen.below, seen.rest, seen.inside - sum(seen.heavy)
+    if len(rest) == total:
+        search.found = _pick(place, seen.below, rest, search.heavy, seen.heavy)
+        return
+    before = search.first, search.last
+    search.low, search.high = before
+    values = np.concatenate([rest, np.array(search.heavy, rest.dtype)])
+    weights = np.concatenate([np.full(len(rest), total / len(rest)), np.array(seen.heavy, float)])
+    order = np.argsort(values, kind="stable")
+    values, reached = values[order], np.cumsum(weights[order])
+    _focus(search, values, reached, place + 0.5)
+    if (search.first, search.last) == before:  # cannot narrow: split at the likeliest
+        likeliest = values[min(int(np.searchsorted(reached, place + 0.5)), len(values) - 1)]
+        search.first = search.last = likeliest
+        search.heavy = [likeliest]
+
+
+def _look_beside(search: _Search, seen: _Seen) -> None:
+    """The element is not where the sample said: look on that side, as far as the density of what was seen suggests."""
+    width = float(search.last) - float(search.first)
+    missed = seen.below - search.rank if search.rank < seen.below else search.rank - seen.below - seen.inside + 1
+    reach = 3 * missed * width / seen.inside if seen.inside else 0.0
+    kind = type(search.first)
+    if search.rank < seen.below:
+        search.high = search.last = _neighbour(search.first, -math.inf)
+        near = reach > 0 and math.isfinite(reach)
+        search.first = max(search.low, kind(search.last - reach)) if near else search.low
     else:
-        before = (search.low, search.high)
-        collected.sort()
-        _focus(search, collected, (place + 0.5) / inside, deviations=5)
-        if not search.values and (search.low, search.high) == before:  # cannot narrow: split at the likeliest
-            search.values = [collected[min(int(place / inside * len(collected)), len(collected) - 1)]]
+        search.low = search.first = _neighbour(search.last, math.inf)
+        near = reach > 0 and math.isfinite(reach)
+        search.last = min(search.high, kind(search.first + reach)) if near else search.high
+    search.heavy = [search.first] if search.first == search.last else []
+
+
+def _pick(place: int, below: int, rest: np.ndarray, heavy: list[Any], counts: list[int]) -> OrderStatistic:
+    """The element of rank ``place`` among ``rest`` and the heavy values with their counts."""
+    passed = 0
+    for value, count in zip(heavy, counts, strict=True):
+        smaller = passed + int(np.count_nonzero(rest < value))
+        if place < smaller:
+            break
+        if place < smaller + count:
+            return OrderStatistic(float(value), below + smaller, count)
+        passed += count
+    value = np.partition(rest, place - passed)[place - passed]
+    smaller, equal = int(np.count_nonzero(rest < value)), int(np.count_nonzero(rest == value))
+    return OrderStatistic(float(value), below + passed + smaller, equal)
 
 
 def _neighbour(value: Any, towards: float) -> Any:
