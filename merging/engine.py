@@ -28,9 +28,10 @@ from .errors import Cancelled, InputError, NumbersError, OutputError
 from .methods import Method, Workspace
 from .methods.lazy_torch import torch
 from .methods.scan import BlockScan, TensorInputs, compute_dtype, round_into
-from .plan import Plan, TensorPlan
+from .plan import Plan
 from .publishing import make_manifest, side_files
 from .reading import SourceReader, place_of_source, refuse_non_finite
+from .tensor_plan import TensorPlan
 from .workers import can_fork, spread
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pathlib import Path
 from .alignment import Aligned, Alignment
 from .checkpoints.checkpoint import Checkpoint, Source
 from .checkpoints.layout import head_and_embedding
-from .checkpoints.tokenizer import AddedToken, TokenRule, Vocabulary, align, read_vocabulary
+from .checkpoints.tokenizer import AddedToken, TokenRule, align
+from .checkpoints.vocabulary import Vocabulary, read_vocabulary
 from .checkpoints.vocabulary_rows import in_vocabulary
 from .recipe import Recipe
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from merging.checkpoints.files import read_whole
 from merging.checkpoints.strict_json import parse_json
-from merging.checkpoints.tokenizer import LARGEST_TOKENIZER, AddedToken, Vocabulary, read_vocabulary
+from merging.checkpoints.tokenizer import AddedToken
+from merging.checkpoints.vocabulary import LARGEST_TOKENIZER, Vocabulary, read_vocabulary
 from merging.errors import InputError, RecipeError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

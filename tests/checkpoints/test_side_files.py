@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from merging.checkpoints.layout import role
 from merging.checkpoints.side_files import OutputFacts, SideFiles, collect, edit_config
-from merging.checkpoints.tokenizer import align, read_vocabulary
+from merging.checkpoints.tokenizer import align
+from merging.checkpoints.vocabulary import read_vocabulary
 from merging.errors import InputError, RecipeError
 from tests import tiny_models
 from tests.checkpoints.test_tokenizer import WORDS, folder_with, tokenizer_json

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from merging.checkpoints.checkpoint import open_checkpoint
 from merging.checkpoints.side_files import extend_tokenizer
-from merging.checkpoints.tokenizer import Alignment, TokenRule, Vocabulary, align, read_vocabulary
+from merging.checkpoints.tokenizer import Alignment, TokenRule, align
+from merging.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from merging.checkpoints.vocabulary_rows import in_vocabulary
 from merging.errors import InputError, RecipeError
 
