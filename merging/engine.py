@@ -108,7 +108,7 @@ def run(
     with (
         _one_torch_thread(),
         _memory_errors("the start of the work"),
-        OutputFolder.open(Path(out), plan.files, plan.hash, discard=restart, progress=check) as folder,
+        OutputFolder.open(Path(out), plan.files, plan.resume_key(device), discard=restart, progress=check) as folder,
     ):
         resumed = len(folder.done)
         merge = _Merge(plan, folder, device, threads, progress, on_progress, wish)

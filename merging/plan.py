@@ -112,6 +112,12 @@ class Plan:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def resume_key(self, device: str) -> str:
+        """What unfinished work must have in common to be gone on with: the plan, and the kind of device, since another
+        one may round the last bit of a function differently."""
+        kind = device.split(":")[0]
+        return self.hash if kind == "cpu" else hashlib.sha256(f"{self.hash} {kind}".encode()).hexdigest()
+
     # -- what it says ---------------------------------------------------------------------------------
 
     def coefficients(self) -> list[dict[str, Any]]:

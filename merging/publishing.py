@@ -95,9 +95,9 @@ def card_facts(plan: Plan, title: str) -> CardFacts:
 
 
 def _line(plan: Plan, key: str, role: str, coefficients: str) -> ModelLine:
-    opened = plan.paths[key]
+    opened = plan.paths[key].rpartition("+")[2]  # of an adapter on its base: the adapter
     name, _, commit = opened.partition("@")
-    from_hub = len(commit) == 40 and "/" in name and "+" not in opened
+    from_hub = len(commit) == 40 and "/" in name
     return ModelLine(key, role, name if from_hub else "", commit if from_hub else "", coefficients)
 
 

@@ -461,6 +461,12 @@ def test_warnings(tmp_path: Path) -> None:
     assert "Nothing is merged" in " ".join(planned(nothing).warnings)
 
 
+def test_another_kind_of_device_does_not_go_on_with_the_work(models: list[Path]) -> None:
+    plan = planned(recipe("task_arithmetic", [(models[1], {"weight": 1.0})], models[0]))
+    assert plan.resume_key("cpu") == plan.hash
+    assert plan.resume_key("cuda:0") == plan.resume_key("cuda:1") not in (plan.hash, plan.resume_key("mps"))
+
+
 def test_the_plan_as_json(models: list[Path], tmp_path: Path) -> None:
     plan = planned(recipe("ties", models[1:], models[0]))
     facts = json.loads(json.dumps(plan.as_dict(tmp_path / "not" / "there" / "yet", 2), allow_nan=False))
