@@ -22,9 +22,10 @@ from .strict_json import read_json
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
-# All that a merge reads or copies, besides weights. Not: README, other formats, optimizer state, code.
+# All that a merge reads or copies, besides weights. Not: other formats, optimizer state, code.
 SIDE_FILES = frozenset(
     [
+        "README.md",  # states the licence
         *["config.json", "generation_config.json", "adapter_config.json"],
         *["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"],
         *["tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json"],

@@ -38,13 +38,13 @@ def user(hub: StandInHub) -> Iterator[User]:
 def test_one_model_first_again_and_offline(hub: StandInHub, user: User, tmp_path: Path) -> None:
     side = {
         name: f"content of {name}".encode()
-        for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+        for name in ["README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
         + ["special_tokens_map.json", "merges.txt", "vocab.json", "tokenizer.model", "chat_template.jinja"]
         + ["additional_chat_templates/tools.jinja"]
     }
     other = {
         name: b"not needed"
-        for name in ["README.md", ".gitattributes", "consolidated.safetensors", "pytorch_model.bin"]
+        for name in [".gitattributes", "consolidated.safetensors", "pytorch_model.bin"]
         + ["fp16/model.safetensors", "fp16/config.json", "modeling_custom.py", "model.fp16.safetensors"]
         + ["onnx/model.onnx", "training_args.bin", "optimizer.pt", "additional_chat_templates/x.py"]
     }
@@ -102,7 +102,7 @@ def test_only_the_shards_of_the_index(hub: StandInHub, user: User, tmp_path: Pat
 
 def test_an_adapter(hub: StandInHub, user: User, tmp_path: Path) -> None:
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS, "tokenizer.json": b"{}"}
-    hub.add("org/lora", {**files, "adapter_model.bin": b"", "README.md": b""})
+    hub.add("org/lora", {**files, "adapter_model.bin": b""})
     assert user.resolve("org/lora", tmp_path)["files"] == sorted(files)
 
 
