@@ -163,7 +163,7 @@ class Method:
     passes: ClassVar[int] = 1
     """How often the inputs are read, for the estimate of time."""
     nanoseconds: ClassVar[float] = 2.0
-    """Arithmetic per element and expert on one core, for the estimate of time (benchmarks/kernels.py)."""
+    """Arithmetic per element, expert and pass on one core, for the estimate of time."""
 
     class Shared(Parameters):
         """Parameters of the merge as a whole."""

@@ -59,7 +59,7 @@ class Pcb(Method):
     experts_range = (1, None)
     passes = 3
     coarse = 2
-    nanoseconds = 14.0
+    nanoseconds = 8.0
 
     class Shared(Parameters):
         lambda_: float = Field(1.0, alias="lambda", description="Factor on the merged task vector.")
