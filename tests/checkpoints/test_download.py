@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,28 +13,6 @@ from merging.checkpoints.hub_client import Patience, request_failures
 from merging.errors import HubError
 from tests.checkpoints.hub_user import FILES, LARGE, SMALL, WEIGHTS, User, asked, right
 from tests.checkpoints.stand_in_hub import PIECE, Fault, StandInHub
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[StandInHub]:
-    server = StandInHub()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def user(hub: StandInHub) -> Iterator[User]:
-    one = User(hub)
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def name(hub: StandInHub, request: pytest.FixtureRequest) -> str:
-    """A repository of this test's own with FILES in it."""
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name[5:60]).strip("-").replace("--", "-")
-    hub.add(f"org/{name}", FILES)
-    return f"org/{name}"
 
 
 def blobs(cache: Path) -> set[str]:

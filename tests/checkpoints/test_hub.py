@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,6 @@ from tests.checkpoints.stand_in_hub import Fault, StandInHub
 
 WEIGHTS = bytes(range(256)) * 300
 TINY = {"config.json": b"{}", "model.safetensors": WEIGHTS}
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[StandInHub]:
-    server = StandInHub()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def user(hub: StandInHub) -> Iterator[User]:
-    one = User(hub)
-    yield one
-    one.close()
 
 
 # ----------------------------------------------------------------------------- what is fetched, and how often
