@@ -4,6 +4,9 @@
     python app.py plan   RECIPE           what a merge would do and cost; no weight is read
     python app.py merge  RECIPE OUT       run it
     python app.py verify OUT              is every byte as it was written?
+    python app.py inspect --base BASE EXPERT…   what the experts changed, and what to do about it
+    python app.py evaluate MODEL…         score models on tasks, item by item
+    python app.py compare RUN             base, experts, baselines and candidates, with what is proven
     python app.py errors                  all error codes and what they mean
 
 Exit codes: 0 done · 2 recipe or command line · 3 input models · 4 Hugging Face Hub · 5 output, disk, memory or
@@ -18,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 # Idle OpenMP threads must sleep, not spin: the workers need the cores. Before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,6 +41,13 @@ def count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of 1 or more")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0, up to 1."""
+    if not re.fullmatch(r"[0-9]{0,3}\.?[0-9]{1,12}", text) or not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number above 0, up to 1")
+    return float(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,8 +87,103 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a merged model against its manifest")
     verify.add_argument("out", metavar="OUT", help="folder of a merged model")
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_inspect(commands)
+    add_evaluate(commands)
+    add_compare(commands)
     commands.add_parser("errors", help="all error codes and what they mean")
     return whole
+
+
+def add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what the experts changed, and what to do about it",
+        description="Look at what experts changed in their base: mistakes first, then sizes, directions, signs, "
+        "spectra. "
+        "What was computed before is kept; Ctrl-C is safe, the same command goes on.",
+    )
+    inspect.add_argument("experts", nargs="+", metavar="EXPERT", help="model folder, adapter, or org/name on the Hub")
+    inspect.add_argument("--base", required=True, metavar="BASE", help="the model that the experts were made from")
+    inspect.add_argument("--merged", metavar="DIR", help="a merge of them: what did it keep of each?")
+    inspect.add_argument("--also-base", action="append", metavar="OTHER", help="perhaps this is the base; repeatable")
+    inspect.add_argument("--json", metavar="FILE", help="write all numbers as JSON; - prints only that")
+    inspect.add_argument("--html", metavar="FILE", help="write a report with charts, one file that works offline")
+    inspect.add_argument(
+        "--parts", metavar="LIST", help="doctor,changes,trimmed,spectra,subspaces,principal,texts (default: all)"
+    )
+    inspect.add_argument(
+        "--density", type=share, default=0.2, metavar="D", help="share kept in trimming (default: 0.2)"
+    )
+    inspect.add_argument(
+        "--spectra",
+        choices=("gram", "exact", "preview", "none"),
+        default="gram",
+        help="how singular values are computed (default: gram; none also leaves out subspaces and principal)",
+    )
+    inspect.add_argument("--rank", type=count, default=16, metavar="K", help="directions to compare (default: 16)")
+    inspect.add_argument("--coefficients", metavar="LIST", help="one per expert, for the importance of layers: 0.3,0.5")
+    inspect.add_argument(
+        "--texts", action="append", metavar="FILE", help="texts of the experts; repeatable, or a folder"
+    )
+    inspect.add_argument("--offline", action="store_true", help="never ask the Hub; use what is in its cache")
+    inspect.add_argument("--no-cache", action="store_true", help="neither use nor keep earlier results")
+    inspect.add_argument("--threads", type=count, default=0, metavar="N", help="workers (default: one per core)")
+
+
+def add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score models on local tasks",
+        description="Score models on local tasks: exact answers, multiple choice, texts, classes of texts and images. "
+        "What was scored before is not scored again; Ctrl-C is safe, the same command goes on.",
+    )
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="model folder, or org/name on the Hub")
+    evaluate.add_argument(
+        "--tasks", nargs="+", required=True, metavar="PATH", help="task files (.jsonl, .yaml), or folders of them"
+    )
+    evaluate.add_argument("--baseline", action="append", metavar="NAME=PATH", help="also this model; repeatable")
+    evaluate.add_argument("--limit", type=count, metavar="N", help="use the first N items of each task")
+    evaluate.add_argument("--batch-size", type=count, metavar="N", help="items at a time (default: by kind of task)")
+    evaluate.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (default: 1)")
+    evaluate.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1 or mps (default: cpu)")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the results as JSON; - prints only that")
+    evaluate.add_argument("--out", metavar="FILE", help="write all records: .jsonl or .parquet, for compare")
+    evaluate.add_argument("--no-cache", action="store_true", help="neither use nor keep earlier results")
+
+
+def add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="base, experts, baselines and candidates in one table, with paired tests",
+        description="Compare merged models with their base, their experts, the plain average and tuned task "
+        "arithmetic: from runs, from files of records (with options that say who is who), or by making a new run.",
+    )
+    compare.add_argument("runs", nargs="*", metavar="RUN", help="run file or its folder, or a file of records")
+    compare.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints only that")
+    compare.add_argument("--base", metavar="MODEL", help="the base: a folder, or its name in the records")
+    compare.add_argument(
+        "--expert",
+        action="append",
+        metavar="NAME=MODEL[:TASK,…]",
+        help="an expert and its own tasks (default: the task of its name)",
+    )
+    compare.add_argument("--candidate", action="append", metavar="NAME=MODEL", help="a merged model to judge")
+    compare.add_argument("--average", metavar="MODEL", help="the plain average, by its name in the records")
+    compare.add_argument("--tuned", metavar="MODEL", help="the tuned task arithmetic, by its name in the records")
+    new = compare.add_argument_group("a new run")
+    new.add_argument("--out", metavar="FOLDER", help="where to write it: records, run.json and merged models")
+    new.add_argument("--tasks", metavar="PATH", help="task file or folder; ….validation tasks are for choosing")
+    new.add_argument("--selection-tasks", metavar="PATH", help="tasks for choosing, if they lie elsewhere")
+    new.add_argument("--budget", type=count, default=8, metavar="N", help="settings to try per method (default: 8)")
+    new.add_argument(
+        "--tune",
+        action="append",
+        metavar="METHOD[:PARAMETER=VALUE,…]",
+        help="also merge by this method, at the best of its settings; ranges may be given",
+    )
+    new.add_argument("--limit", type=count, metavar="N", help="use the first N items of each task")
+    new.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    new.add_argument("--threads", type=count, default=0, metavar="N", help="workers (default: one per core)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

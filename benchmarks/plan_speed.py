@@ -46,9 +46,7 @@ def per_tensor(cpu: dict[str | int, float]) -> dict[int, float]:
 def judge(wall: dict[str | int, float], cpu: dict[str | int, float]) -> list[str]:
     """The targets that were missed."""
     missed = [
-        f"{which}: {wall[which]:.2f} s, allowed {limit:.0f} s"
-        for which, limit in LIMITS.items()
-        if wall[which] > limit
+        f"{which}: {wall[which]:.2f} s, allowed {limit:.0f} s" for which, limit in LIMITS.items() if wall[which] > limit
     ]
     cost = per_tensor(cpu)
     if cost[max(cost)] > STEEPEST * cost[min(cost)]:

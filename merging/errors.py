@@ -38,6 +38,7 @@ FAMILIES: dict[int, dict[str, str]] = {
         "E_VOCABULARY": "the vocabularies of the inputs cannot be aligned",
         "E_INPUT_CHANGED": "an input file was changed while it was being read",
         "E_READ": "an input file could not be read",
+        "E_PACKAGE": "a package with models or texts cannot be fetched or is not the expected one",
     },
     4: {  # hub
         "E_HUB_REFERENCE": "not a valid model reference",
@@ -65,9 +66,18 @@ FAMILIES: dict[int, dict[str, str]] = {
     7: {  # numbers
         "E_NOT_FINITE": "a weight is NaN or infinite",
         "E_OVERFLOW": "a merged value does not fit the output data type",
+        "E_LOGITS": "a model computed NaN or infinity while it was evaluated",
+        "E_LOSS": "a model's loss or its gradient is NaN or infinite",
     },
     8: {  # tasks and evaluation
         "E_TASK": "a task file is malformed",
+        "E_RUN": "a run file is malformed or contradicts another one",
+        "E_COMPARE": "evaluation records are missing or do not pair",
+        "E_SELECTION": "a model was chosen on items that it would be reported on",
+        "E_RECORDS": "a file of evaluation records is malformed",
+        "E_HARNESS": "lm-evaluation-harness is not installed, or cannot run the task",
+        "E_TEXT": "a calibration text is malformed, empty or does not fit the model",
+        "E_NO_LOSS": "the model has no loss that can be computed from a text alone",
     },
     130: {  # the person at the keyboard
         "E_CANCELLED": "stopped on request; what was finished is kept and will be resumed",

@@ -32,6 +32,9 @@ def run_command(options: argparse.Namespace) -> int:
         "plan": plan,
         "merge": merge,
         "verify": verify,
+        "inspect": inspect,
+        "evaluate": evaluate,
+        "compare": compare,
         "errors": errors,
     }
     for stream in (sys.stdout, sys.stderr):
@@ -142,6 +145,24 @@ def verify(options: argparse.Namespace) -> int:
     else:
         report.raise_if_bad()
     return 0 if report.ok else 6
+
+
+def inspect(options: argparse.Namespace) -> int:
+    from .inspect import run_inspect
+
+    return run_inspect(options)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from .evaluate import run_evaluate
+
+    return run_evaluate(options)
+
+
+def compare(options: argparse.Namespace) -> int:
+    from .compare import compare as run_compare
+
+    return run_compare(options)
 
 
 def errors(options: argparse.Namespace) -> int:

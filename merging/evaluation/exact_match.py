@@ -1,39 +1,121 @@
 """Exact match: what share of a task's answers does a model write, letter for letter?
 
-The one idea: keep a record per item and derive everything else from the records. Two models are then compared item by
+The one idea: a record per item, and everything else derived from the records. Two models are then compared item by
 item, a score never comes without its interval, and what a model really wrote can be read.
 
 Decoding is greedy, offline and deterministic: the same folder, task, batch size and machine give the same records.
+Prompts go in as they are written: no chat template, no examples.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from merging.errors import InputError, TaskError
-from merging.evaluation.tasks import Task
+from merging.errors import TaskError
+from merging.evaluation.models import Model, encode, has_unknown, load_model
+from merging.evaluation.records import Record
+from merging.evaluation.scoring import (
+    Outcome,
+    Settings,
+    make_scorer,
+    prompt_hash,
+    refuse_long,
+    refuse_not_finite,
+    score_batch,
+)
+from merging.evaluation.statistics import wilson_interval
+from merging.evaluation.tasks import Item, Task
 
-Z_95 = 1.959963984540054  # 97.5 % point of the standard normal distribution: two-sided 95 %
+__all__ = ["ExactMatch", "Model", "Record", "Score", "Summary", "evaluate", "load_model", "summary", "wilson_interval"]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What one model did with one item. ``tokens``: length of the response, without end and padding tokens."""
+class ExactMatch:
+    """Greedy answers, compared with the right ones: right when equal apart from white space at the ends.
 
-    item: str
-    prediction: str
-    correct: bool
-    tokens: int
+    Prompts of a batch are padded on the left; other batches can change the last bits of the numbers, and with them,
+    rarely, a token. By default a response is cut off one token after the task's longest answer, which leaves room for
+    the end token and lets longer responses count as wrong without writing them out.
+    """
+
+    def __init__(self, model: Model, task: Task, settings: Settings, batch_size: int):
+        self.model, self.task = model, task
+        answers = model.tokenizer([item.answer.strip() for item in task.items], add_special_tokens=False)["input_ids"]
+        for item, tokens in zip(task.items, answers, strict=True):
+            if has_unknown(model, tokens):
+                what = f"{task.where(item)}: the answer has a character that the model's tokenizer lacks."
+                raise TaskError(
+                    "E_TASK", what, f"The model is {model.folder}.", "Use a task in the model's own letters."
+                )
+        self.limit = settings.most_tokens or max(map(len, answers)) + 1
+        self.prompts = dict(zip(task.items, encode(model, [item.prompt for item in task.items]), strict=True))
+        for item, tokens in self.prompts.items():
+            if not tokens:
+                raise TaskError("E_TASK", f"{task.where(item)}: the prompt has no tokens.")
+            refuse_long(model, task, item, len(tokens) + self.limit)
+
+    def score(self, items: Sequence[Item]) -> list[Outcome]:
+        import torch
+
+        model = self.model
+        rows = [self.prompts[item] for item in items]
+        width = max(map(len, rows))
+        padding, device = model.tokenizer.pad_token_id, model.device
+        inputs = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        watch = _Watch()
+        responses = model.network.generate(
+            input_ids=inputs, attention_mask=mask, generation_config=self._greedy(), logits_processor=[watch]
+        )[:, width:].tolist()
+        if watch.finite is not None:
+            refuse_not_finite(model, self.task, items, watch.finite.tolist())
+        outcomes = []
+        for item, response in zip(items, responses, strict=True):
+            response = _until_end(response, model.ends)
+            # special tokens stay visible: left out, "ab<pad>c" would pass for "abc"
+            answer = model.tokenizer.decode(response, skip_special_tokens=False)
+            correct = answer.strip() == item.answer.strip()
+            outcomes.append(Outcome({"exact_match": float(correct)}, prompt_hash(item.prompt), len(response), answer))
+        return outcomes
+
+    def _greedy(self) -> Any:
+        import transformers
+
+        return transformers.GenerationConfig(
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=self.limit,
+            eos_token_id=sorted(self.model.ends) or None,
+            pad_token_id=self.model.tokenizer.pad_token_id,
+        )
+
+
+class _Watch:
+    """Looks at the logits of every step: NaN would win the comparison, and infinity is no likelihood."""
+
+    finite: Any = None
+
+    def __call__(self, input_ids: Any, logits: Any) -> Any:
+        good = logits.amax(dim=-1).isfinite()  # NaN and +infinity come through, masked tokens (-infinity) do not
+        self.finite = good if self.finite is None else self.finite & good
+        return logits
+
+
+def _until_end(response: Sequence[int], ends: frozenset[int]) -> list[int]:
+    for position, token in enumerate(response):
+        if token in ends:
+            return list(response[:position])
+    return list(response)
+
+
+# -- one model, one task, in this process -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One model on one task."""
+    """One model on one task with right and wrong answers: a record per item."""
 
     task: str
     task_sha256: str
@@ -45,7 +127,7 @@ class Score:
 
     @property
     def correct(self) -> int:
-        return sum(record.correct for record in self.records)
+        return sum(record.score == 1 for record in self.records)
 
     @property
     def accuracy(self) -> float:
@@ -57,154 +139,32 @@ class Score:
         return wilson_interval(self.correct, self.total)
 
 
-def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """Interval for a share that was measured on ``total`` items.
-
-        (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n),   p = correct/n
-
-    Unlike p ± z·sqrt(p(1-p)/n) it stays inside [0, 1] and does not collapse at p = 0 or 1.
-    Source: E. B. Wilson, JASA 22 (1927) 209.
-    """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} of {total} is no share")
-    share = correct / total
-    middle = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    # the exact limits at 0 and 1 are 0 and 1; rounding would miss them by a last bit
-    low = 0.0 if correct == 0 else (middle - half) / scale
-    high = 1.0 if correct == total else (middle + half) / scale
-    return low, high
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A loaded transformers model with its tokenizer. Load once, evaluate on many tasks.
-
-    ``ends``: the tokens that end a response: the model's own list (chat models have several) and the tokenizer's.
-    """
-
-    folder: Path
-    network: Any
-    tokenizer: Any
-    ends: frozenset[int]
-    device: str
-    threads: int
-
-
-def load_model(folder: str | Path, *, device: str = "cpu", threads: int = 1) -> Model:
-    """Load a causal language model from a local folder, in float32, without any code of its own and without network.
-
-    Args:
-        folder: a transformers model folder with safetensors weights and a tokenizer.
-        device: where to compute, as torch names it.
-        threads: CPU threads of torch. Small models are fastest with one; many threads on busy cores can be 40 times
-            slower than one.
-
-    Raises:
-        InputError: ``E_NOT_FOUND`` no such folder; ``E_NOT_A_MODEL`` nothing that loads as a language model with a
-            tokenizer; ``E_MISSING_TENSOR``, ``E_EXTRA_TENSOR``, ``E_SHAPE`` when the weights are not those of the
-            config. transformers would fill such gaps with random numbers, and the score would mean nothing.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError("E_NOT_FOUND", f"There is no model folder {folder}.", "", "Check the path.")
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            why = "To be evaluated, a folder needs config.json, safetensors weights and tokenizer.json."
-            raise InputError("E_NOT_A_MODEL", f"{folder} has no {name}.", why, "Choose a transformers model folder.")
-
-    import torch
-    import transformers  # seconds to import, so only now
-
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(transformers):
-        try:
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **local)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                **local,
-                use_safetensors=True,
-                dtype=torch.float32,
-                attn_implementation="eager",  # on short texts faster than the fused kernels
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that we can say which
-            )
-        except Exception as error:  # whatever a foreign folder makes the library do
-            first = str(error).strip().split("\n")[0][:300]
-            what = f"{folder} cannot be loaded as a language model."
-            why = f"transformers says: {type(error).__name__}: {first}"
-            raise InputError("E_NOT_A_MODEL", what, why, "Check that its files are complete.") from error
-    network, keys = loaded
-    for code, kind, verb in (
-        ("E_MISSING_TENSOR", "missing_keys", "lacks"),
-        ("E_EXTRA_TENSOR", "unexpected_keys", "has, beyond its config,"),
-        ("E_SHAPE", "mismatched_keys", "has in the wrong shape"),
-    ):
-        if found := sorted(key if isinstance(key, str) else key[0] for key in keys.get(kind, ())):
-            what = f"{folder} {verb} {found[0]}" + (f" and {len(found) - 1} more." if len(found) > 1 else ".")
-            why = "Its score would be that of partly random weights."
-            raise InputError(code, what, why, "Check that config.json belongs to these weights.")
-    tokenizer.padding_side = "left"  # so that all responses of a batch start at the same column
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            what = f"The tokenizer in {folder} has neither a padding token nor an end token."
-            raise InputError("E_NOT_A_MODEL", what, "", "Name one in tokenizer_config.json.")
-        tokenizer.pad_token = tokenizer.eos_token
-    named = network.generation_config.eos_token_id
-    ends = frozenset(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
-    # generate() fills what a call leaves open from the model's own settings (temperature, penalties, beams ...):
-    # leave nothing of them, so that decoding is greedy for every model
-    network.generation_config = transformers.GenerationConfig()
-    return Model(folder, network.eval().to(device), tokenizer, ends - {None}, device, threads)
-
-
 def evaluate(
     model: Model,
     task: Task,
     *,
     batch_size: int = 256,
-    most_tokens: int | None = None,
+    most_tokens: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Greedy answers to every item of a task, compared with the right ones.
-
-    An answer is right when it equals the item's answer, apart from white space at its ends.
+    """Exact match of a loaded model on a whole task, in this process. (``runner.evaluate`` does more.)
 
     Args:
-        batch_size: items that are generated together. Prompts of a batch are padded on the left; other batches can
-            change the last bits of the numbers, and with them, rarely, a token.
-        most_tokens: where a response is cut off; by default one more than the task's longest answer has, which leaves
-            room for the end token and lets longer responses count as wrong without writing them out.
+        batch_size: items that are generated together.
+        most_tokens: where a response is cut off; 0: one token after the longest answer.
         progress: called with (items done, items in all) after each batch.
 
     Raises:
         TaskError: ``E_TASK`` when an answer has a character that the tokenizer cannot write, or a prompt with its
             answer is longer than the model's context.
+        NumbersError: ``E_LOGITS`` when the model computes NaN or infinity.
     """
-    import torch
-
-    limit = _longest_answer(model, task) + 1 if most_tokens is None else most_tokens
+    scorer = make_scorer(model, task, Settings(most_tokens=most_tokens))
     records: list[Record] = []
-    with _threads(torch, model.threads), torch.inference_mode():
-        for start in range(0, len(task.items), batch_size):
-            items = task.items[start : start + batch_size]
-            batch = model.tokenizer([item.prompt for item in items], padding=True, return_tensors="pt")
-            prompt_tokens = batch["input_ids"].shape[1]
-            _check_context(model, task, prompt_tokens + limit)
-            responses = model.network.generate(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
-                generation_config=_greedy(model, limit),
-            )[:, prompt_tokens:].tolist()
-            for item, response in zip(items, responses, strict=True):
-                response = _until_end(response, model.ends)
-                # special tokens stay visible: left out, "ab<pad>c" would pass for "abc"
-                prediction = model.tokenizer.decode(response, skip_special_tokens=False)
-                correct = prediction.strip() == item.answer.strip()
-                records.append(Record(item.id, prediction, correct, len(response)))
-            if progress:
-                progress(len(records), len(task.items))
+    for start in range(0, len(task.items), batch_size):
+        records += score_batch(model, scorer, task, task.items[start : start + batch_size])
+        if progress:
+            progress(len(records), len(task.items))
     return Score(task.name, task.sha256, tuple(records))
 
 
@@ -227,9 +187,7 @@ class Summary:
     least_retention: float
 
 
-def summary(
-    base: Mapping[str, Score], experts: Mapping[str, Score], merged: Mapping[str, Score]
-) -> Summary:
+def summary(base: Mapping[str, Score], experts: Mapping[str, Score], merged: Mapping[str, Score]) -> Summary:
     """Accuracy, gain kept and retention of a merged model.
 
     Args:
@@ -272,63 +230,3 @@ def _mean(values: Any) -> float:
 def _least(values: Any) -> float:
     values = list(values)
     return math.nan if any(math.isnan(value) for value in values) else min(values)
-
-
-def _longest_answer(model: Model, task: Task) -> int:
-    answers = model.tokenizer([item.answer.strip() for item in task.items], add_special_tokens=False)["input_ids"]
-    unknown = model.tokenizer.unk_token_id
-    for item, numbers in zip(task.items, answers, strict=True):
-        if unknown is not None and unknown in numbers:
-            what = f"Line {item.line} of {task.name}: the answer has a character that the model's tokenizer lacks."
-            raise TaskError("E_TASK", what, f"The model is {model.folder}.", "Use a task in the model's own letters.")
-    return max(map(len, answers))
-
-
-def _check_context(model: Model, task: Task, needed: int) -> None:
-    room = getattr(model.network.config, "max_position_embeddings", None)
-    if room is not None and needed > room:
-        what = f"{task.name} needs {needed} tokens for prompt and answer; {model.folder} has room for {room}."
-        raise TaskError("E_TASK", what, "", "Shorten the prompts.")
-
-
-def _greedy(model: Model, limit: int) -> Any:
-    import transformers
-
-    return transformers.GenerationConfig(
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=sorted(model.ends) or None,
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
-
-
-def _until_end(response: Sequence[int], ends: frozenset[int]) -> list[int]:
-    for position, token in enumerate(response):
-        if token in ends:
-            return list(response[:position])
-    return list(response)
-
-
-@contextlib.contextmanager
-def _threads(torch: Any, count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and reports on the terminal: what matters in them becomes an error of ours."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What the task vectors look like: sizes, directions, signs, spectra, and what a merge kept of them."""
