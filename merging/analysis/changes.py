@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoints.checkpoint import Source
 from ..checkpoints.header import TORCH_NAMES
 from ..methods import Workspace
 from ..methods.lazy_torch import torch
@@ -35,10 +36,8 @@ from .tensor_change import MergedChange, TensorChange, cosines, joined, merged_c
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEP = 1 << 16
+STEP = 1 << 15
 """Elements of a block: few enough for a core's cache, enough that calls cost less than arithmetic."""
-LARGE, SIGNS_EVERY = 1 << 20, 4
-"""In tensors from so many elements on, signs of pairs are counted on every fourth block."""
 SURVIVAL_EVERY = 8
 """Survival is measured on every eighth block of a tensor (and always on the first)."""
 ACCURACY = "norms, dot products and shares of weight: relative error below 1e-5; counts: exact"
@@ -133,51 +132,67 @@ def measure_tensor(tensor: Compared, workspace: Workspace, pulse: Pulse) -> Tens
         sums = _add_up(tensor, torch.float64, workspace, lambda elements: pulse(0))
     elif tensor.dtype != torch.float64 and ((sums.largest > 0) & (squares[: sums.experts] < _TINY)).any():
         sums = _add_up(tensor, torch.float64, workspace, lambda elements: pulse(0))
-    return sums.result()
+    return sums.result(tensor)
 
 
 class _Sums:
     """Running sums over the blocks of one tensor: E experts, and perhaps a merged model after them."""
 
-    def __init__(self, tensor: Compared) -> None:
-        self.tensor, self.experts = tensor, len(tensor.experts)
-        self.pairs = tuple(np.triu_indices(self.experts, 1))
-        models = len(tensor.changed) + 1
-        self.gram = np.zeros((models, models))
+    def __init__(self, experts: int, changed: int) -> None:
+        self.experts = experts
+        self.pairs = tuple(np.triu_indices(experts, 1))
+        self.gram = np.zeros((changed + 1, changed + 1))
         """T Tᵀ of experts, perhaps the merged model, and the base as the last row."""
-        self.absolute = np.zeros((self.experts + 1, self.experts + 1))
+        self.absolute = np.zeros((experts + 1, experts + 1))
         """|T| |T|ᵀ of the experts, with a row of ones before the first: its products are ‖τ‖₁."""
-        self.largest = np.zeros(self.experts)
-        self.changed = np.zeros(self.experts, np.int64)
-        self.both, self.opposite = (np.zeros(len(self.pairs[0]), np.int64) for _ in range(2))
-        self.looked_at, self.survived = (np.zeros(self.experts, np.int64) for _ in range(2))
+        self.largest = np.zeros(experts)
+        self.signs = np.zeros(experts + 2 * len(self.pairs[0]), np.int64)
+        """Entries that each expert changed; that both of a pair changed; those of them with opposite signs."""
+        self.latest = self.signs
+        """The same of one block."""
+        self.looked_at = np.zeros(experts, np.int64)
+        self.survived = np.zeros(experts, np.int64)
 
-    def add(self, room: _Room, signs: bool) -> None:
-        """Add the block whose weights lie in the room, already with the base subtracted; overwrites it."""
+    def add(self, room: _Room) -> None:
+        """Add the block of weights that lies in ``room.weights``; overwrites it."""
+        room.changed.sub_(room.base)
         torch.mm(room.weights, room.weights_transposed, out=room.gram)
-        if signs:
-            self.count_signs(room)
+        self.gram += room.results[0]
+        self.count_signs(room)
         room.task_vectors.abs_()
         torch.mm(room.bordered, room.bordered_transposed, out=room.sizes)
-        gram, sizes, absolute = room.results
-        self.gram += gram
-        self.absolute += sizes
-        np.maximum(self.largest, np.maximum.reduce(absolute, 1), out=self.largest)
+        self.absolute += room.results[1]
+        np.maximum(self.largest, np.maximum.reduce(room.tau, 1), out=self.largest)
 
     def count_signs(self, room: _Room) -> None:
-        """Two entries are opposite if both are changed and just one is negative."""
+        """Add the signs of a block. Two entries are opposite if both are changed and just one is negative."""
+        plus = _packed(np.greater(room.tau, 0, out=room.flags))
+        minus = _packed(np.less(room.tau, 0, out=room.flags))
         a, b = self.pairs
-        changed, negative = room.changed_bits, room.negative_bits
-        both = changed.take(a, 0) & changed.take(b, 0)
-        opposite = (negative.take(a, 0) ^ negative.take(b, 0)) & both
-        self.both += np.add.reduce(np.bitwise_count(both), 1, np.int32)
-        self.opposite += np.add.reduce(np.bitwise_count(opposite), 1, np.int32)
+        experts, middle = self.experts, self.experts + len(a)
+        bits = np.empty((len(self.signs), plus.shape[1]), plus.dtype)
+        changed, both, opposite = bits[:experts], bits[experts:middle], bits[middle:]
+        np.bitwise_or(plus, minus, out=changed)
+        np.bitwise_and(changed.take(a, 0), changed.take(b, 0), out=both)
+        np.bitwise_and(minus.take(a, 0) ^ minus.take(b, 0), both, out=opposite)
+        self.latest = np.add.reduce(np.bitwise_count(bits), 1, np.int32)
+        self.signs += self.latest
 
-    def result(self) -> TensorChange:
-        tensor, gram, experts, size = self.tensor, self.gram, self.experts, self.tensor.numel
+    def look_at_survival(self, raw: list[Tensor]) -> None:
+        """Of the block that was added last, as it lies in the files: what differs from the base in bfloat16 too?"""
+        *experts, base = [torch.empty(one.shape, dtype=torch.bfloat16) for one in (*raw[: self.experts], raw[-1])]
+        for out, values in zip((*experts, base), (*raw[: self.experts], raw[-1]), strict=True):
+            round_into(out, values)
+        self.looked_at += self.latest[: self.experts]
+        self.survived += [int(torch.count_nonzero(one != base)) for one in experts]
+
+    def result(self, tensor: Compared) -> TensorChange:
+        gram, experts, size = self.gram, self.experts, tensor.numel
         a, b = self.pairs
-        dots, products, tau = gram[a, b], self.absolute[1:, 1:][a, b], gram[:experts, :experts]
+        changed, both, opposite = np.split(self.signs, [experts, experts + len(a)])
+        dots, products = gram[a, b], self.absolute[1:, 1:][a, b]
         conflicting = np.clip((products - dots) / 2, 0, None)
+        tau = gram[:experts, :experts]
         return TensorChange(
             name=tensor.name,
             block=tensor.block,
@@ -187,11 +202,11 @@ class _Sums:
             norm=np.sqrt(tau.diagonal()).tolist(),
             l1=self.absolute[0, 1:].tolist(),
             largest=self.largest.tolist(),
-            unchanged=((size - self.changed) / size).tolist(),
+            unchanged=((size - changed) / size).tolist(),
             survival=ratio(self.survived, self.looked_at, empty=1.0) if _loses_digits(tensor) else [1.0] * experts,
             dots=dots.tolist(),
-            both=self.both.tolist(),
-            conflict=ratio(self.opposite, self.both),
+            both=both.tolist(),
+            conflict=ratio(opposite, both),
             products=products.tolist(),
             conflict_weighted=ratio(conflicting, products),
             merged=None
@@ -205,66 +220,55 @@ class _Room:
     each block would cost as much as a tenth of the arithmetic."""
 
     def __init__(self, tensor: Compared, size: int, dtype: Any, workspace: Workspace) -> None:
-        count, experts = len(tensor.changed) + 1, len(tensor.experts)
-        rows = workspace.buffer("rows", (count + 1) * size, dtype).view(count + 1, size)
+        sources, experts = _sources(tensor), len(tensor.experts)
+        rows = workspace.buffer("rows", (len(sources) + 1) * size, dtype).view(len(sources) + 1, size)
         rows[0] = 1  # stays; then come the experts, perhaps the merged model, and the base
-        self.weights, self.changed, self.base = rows[1:], list(rows[1:-1]), rows[-1]
+        self.weights, self.changed, self.base = rows[1:], rows[1:-1], rows[-1]
         self.task_vectors, self.bordered = rows[1 : experts + 1], rows[: experts + 1]
         self.weights_transposed, self.bordered_transposed = self.weights.T, self.bordered.T
-        self.gram = torch.empty(count, count, dtype=dtype)
-        self.sizes = torch.empty(experts + 1, experts + 1, dtype=dtype)
-        self.results = self.gram.numpy(), self.sizes.numpy(), self.task_vectors.numpy()
-        types = [getattr(torch, TORCH_NAMES[source.dtype]) for source in (*tensor.changed, tensor.base)]
-        # Models of one type share the memory that files are read into: it stays in the cache.
-        self.raw = [workspace.buffer("raw", size, one) for one in types]
+        self.tau = self.task_vectors.numpy()
+        types = [getattr(torch, TORCH_NAMES[source.dtype]) for source in sources]
+        if len(set(types)) == 1:  # all converted by one call
+            raw = workspace.buffer("raw", len(sources) * size, types[0]).view(len(sources), size)
+            self.raw, self.conversions = list(raw), [(self.weights, raw)]
+        else:
+            self.raw = [workspace.buffer(f"raw{k}", size, one) for k, one in enumerate(types)]
+            self.conversions = list(zip(self.weights, self.raw, strict=True))
         self.bytes = [one.view(torch.uint8).numpy().data for one in self.raw]
-        self.flags = workspace.buffer("flags", size, torch.bool).numpy()
-        words = -(-size // 64)
-        self.changed_bits, self.negative_bits = (np.zeros((experts, words), np.uint64) for _ in range(2))
-        self.changed_bytes, self.negative_bytes = (
-            bits.view(np.uint8)[:, : -(-size // 8)] for bits in (self.changed_bits, self.negative_bits)
-        )
-        self.rounded, self.rounded_base = (torch.empty(size, dtype=torch.bfloat16) for _ in range(2))
+        self.flags = workspace.buffer("flags", experts * size, torch.bool).view(experts, size).numpy()
+        self.gram = torch.empty(len(sources), len(sources), dtype=dtype)
+        self.sizes = torch.empty(experts + 1, experts + 1, dtype=dtype)
+        self.results = self.gram.numpy(), self.sizes.numpy()
+
+
+def _sources(tensor: Compared) -> list[Source]:
+    return [*tensor.changed, tensor.base]
 
 
 def _add_up(tensor: Compared, dtype: Any, workspace: Workspace, pulse: Pulse) -> _Sums:
-    sums, room = _Sums(tensor), _Room(tensor, min(STEP, tensor.numel), dtype, workspace)
-    rounds, every = _loses_digits(tensor), _signs_every(tensor)
+    sources, rounding = _sources(tensor), _loses_digits(tensor)
+    sums, room = _Sums(len(tensor.experts), len(sources) - 1), _Room(tensor, min(STEP, tensor.numel), dtype, workspace)
     for number, start in enumerate(range(0, tensor.numel, STEP)):
-        stop = min(start + STEP, tensor.numel)
-        if stop - start < len(room.flags):
-            room = _Room(tensor, stop - start, dtype, workspace)
-        survival, signs = rounds and number % SURVIVAL_EVERY == 0, every > 0 and number % every == 0
-        tensor.base.read(start, stop, room.bytes[-1])
-        room.base.copy_(room.raw[-1])
-        if survival:
-            round_into(room.rounded_base, room.raw[-1])
-        # Model after model, so that one is done with while it is in the cache.
-        for k, (source, row) in enumerate(zip(tensor.changed, room.changed, strict=True)):
-            source.read(start, stop, room.bytes[k])
-            row.copy_(room.raw[k])
-            row.sub_(room.base)
-            if k == sums.experts:
-                break
-            changed = np.count_nonzero(np.not_equal(row.numpy(), 0, out=room.flags))
-            sums.changed[k] += changed
-            if signs:
-                room.changed_bytes[k] = np.packbits(room.flags)
-                room.negative_bytes[k] = np.packbits(np.less(row.numpy(), 0, out=room.flags))
-            if survival:
-                round_into(room.rounded, room.raw[k])
-                sums.looked_at[k] += changed
-                sums.survived[k] += int(torch.count_nonzero(room.rounded != room.rounded_base))
-        sums.add(room, signs)
-        pulse(stop - start)
+        size = min(STEP, tensor.numel - start)
+        if size < len(room.base):
+            room = _Room(tensor, size, dtype, workspace)
+        for source, out in zip(sources, room.bytes, strict=True):
+            source.read(start, start + size, out)
+        for out, values in room.conversions:
+            out.copy_(values)
+        sums.add(room)
+        if rounding and number % SURVIVAL_EVERY == 0:
+            sums.look_at_survival(room.raw)
+        pulse(size)
     return sums
-
-
-def _signs_every(tensor: Compared) -> int:
-    """Signs of pairs are counted in each so-manieth block; 0: there are no pairs."""
-    return 0 if len(tensor.experts) < 2 else SIGNS_EVERY if tensor.numel >= LARGE else 1
 
 
 def _loses_digits(tensor: Compared) -> bool:
     """Would rounding to bfloat16 change anything?"""
     return any(source.dtype != "BF16" for source in (tensor.base, *tensor.experts))
+
+
+def _packed(flags: np.ndarray) -> np.ndarray:
+    """Flags [E, n] as bits, in the widest words that they fill."""
+    bits = np.packbits(flags, axis=1)
+    return bits.view(np.uint64) if flags.shape[1] % 64 == 0 else bits
