@@ -8,6 +8,7 @@ others is refused instead of mixed in.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -33,7 +34,8 @@ class SetFolder:
     """A set that is being built in ``out``.
 
     Raises:
-        OutputError: ``E_OUTPUT_EXISTS`` the folder holds something else; ``E_RESUME`` a set of other settings.
+        OutputError: ``E_OUTPUT_EXISTS`` the folder holds something else; ``E_RESUME`` a set of other settings;
+            ``E_BUSY`` another process is building there.
     """
 
     def __init__(self, out: Path, name: str, settings: Mapping[str, Any], packages: Sequence[str]):
@@ -63,6 +65,14 @@ class SetFolder:
             what, why = f"{out} is not empty.", "It has no provenance.json, so it is no set that was begun here."
             raise OutputError("E_OUTPUT_EXISTS", what, why, "Name a new folder.")
         out.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Held until the process ends, however it ends."""
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            what = f"Another process is building in {out}."
+            raise OutputError("E_BUSY", what, "", "Wait for it, or name a new folder.") from None
         for left in out.glob(".part-*"):  # of a build that was stopped
             shutil.rmtree(left)
         self._write_provenance()

@@ -5,8 +5,8 @@ over everything that decides about the numbers: the models, the options, and ``N
 date, only unused; the oldest ones are removed when the folder has grown too large.
 
 The models enter by where they lie, by size, modification time and header of each weight file, and by samples of its
-bytes. Reading them whole would take as long as the analysis; times alone do not tell files apart that were unpacked
-from one archive in one second.
+bytes (``fingerprint``). Reading them whole would take as long as the analysis; times alone do not tell files apart that
+were unpacked from one archive in one second.
 
 Nothing here can fail an inspection. Entries are written beside and moved into place, so two processes may write the
 same one. A damaged, cut off or foreign entry is as good as none, and so is a folder that cannot be written.

@@ -36,7 +36,7 @@ from .tensor_change import MergedChange, TensorChange, cosines, joined, merged_c
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEP = 1 << 15
+STEP = 1 << 16
 """Elements of a block: few enough for a core's cache, enough that calls cost less than arithmetic."""
 SURVIVAL_EVERY = 8
 """Survival is measured on every eighth block of a tensor (and always on the first)."""

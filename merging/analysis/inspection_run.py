@@ -38,6 +38,8 @@ PARTS = ("doctor", "changes", "trimmed", "spectra", "subspaces", "principal", "t
 """In the order in which they run. The importance tables are arithmetic on ``changes`` and no part of their own."""
 SPECTRA = ("gram", "exact", "preview", "none")
 RANK = 16
+LEARNING = 1.0
+"""Seconds of work before the time left is guessed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +181,11 @@ class _Run:
         self.part, self.within = "", 0.0
         self.done: set[str] = set()
         self.estimated = self.spent = 0.0
-        """Seconds of the parts that were computed here: as estimated, and real."""
-        # Where a model lies is part of the key: files from one archive can agree in everything that is sampled.
-        self.identity = [
-            [who, str(checkpoint.path.resolve()), result.models[who]["fingerprint"]]
-            for who, checkpoint in models.checkpoints.items()
-        ]
+        """Seconds of the parts that were computed here, but for the doctor's: as estimated, and real."""
+        self.began: float | None = None
+        """When the computation of the current part began; None while it is not being computed."""
+        # The table's key knows where the files lie, the fingerprints more of what is in them.
+        self.identity = [models.key, *(facts["fingerprint"] for facts in result.models.values())]
 
     def all(self, bases: Sequence[str], offline: bool, texts: Sequence[str | Path]) -> None:
         parts: dict[str, Callable[[], None]] = {
@@ -294,10 +295,11 @@ class _Run:
         entry = self._find(key, classes) if key else None
         cached = entry is not None
         if entry is None:
-            began = time.monotonic()
+            self.began = began = time.monotonic()
             value = compute()
-            entry = _Entry(time.monotonic() - began, value)
-            self.estimated, self.spent = self.estimated + self.costs[self.part], self.spent + entry.seconds
+            self.began, entry = None, _Entry(time.monotonic() - began, value)
+            if self.part != "doctor":  # it reads headers: its pace says nothing about the others'
+                self.estimated, self.spent = self.estimated + self.costs[self.part], self.spent + entry.seconds
             if key:
                 self.cache.write(key, entry)
         self.result.parts[self.part] = PartFacts("exact", "", entry.seconds, cached)
@@ -318,11 +320,16 @@ class _Run:
     def _tell(self) -> None:
         if self.progress is None:
             return
-        whole = sum(self.costs.values())
-        current = 0.0 if self.part in self.done else self.costs[self.part] * self.within
-        share = (sum(self.costs[part] for part in self.done) + current) / whole
+        whole, current = sum(self.costs.values()), self.costs[self.part] * self.within
+        shares = {part: cost if part in self.done else 0.0 for part, cost in self.costs.items()}
+        if self.part not in self.done:
+            shares[self.part] = current
+        share = sum(shares.values()) / whole
         # The estimates are right up to a common factor, which is learned from what was computed so far.
-        left = (1 - share) * whole * self.spent / self.estimated if self.estimated else None
+        estimated, spent = self.estimated, self.spent
+        if self.began is not None and self.part != "doctor":
+            estimated, spent = estimated + current, spent + time.monotonic() - self.began
+        left = (1 - share) * whole * spent / estimated if estimated > 0 and spent > LEARNING else None
         self.progress(Step(self.part, self.chosen.index(self.part) + 1, len(self.chosen), share, left))
 
 

@@ -1,1 +1,1 @@
-"""Judging models: tasks with exact answers, greedy generation, records per item and honest intervals."""
+"""Judging models: tasks, scorers for each kind of task, a record per item, and honest statistics from records alone."""

@@ -70,7 +70,7 @@ def varied(dtype: Any, seed: int = 0) -> State:
     """Llama's tensors and some of awkward sizes: several blocks and a rest, a single number, no multiple of 8 or 64."""
     generator = torch.Generator().manual_seed(seed)
     state = llama_like(2, 12, dtype=dtype)
-    state["model.embed_tokens.weight"] = (torch.randn(700, 300, generator=generator) * 0.1).to(dtype)
+    state["model.embed_tokens.weight"] = (torch.randn(1150, 300, generator=generator) * 0.1).to(dtype)
     assert state["model.embed_tokens.weight"].numel() % STEP and state["model.embed_tokens.weight"].numel() > 5 * STEP
     return state | {"one.weight": torch.tensor([0.25]).to(dtype), "odd.weight": torch.randn(7, 11).to(dtype)}
 
