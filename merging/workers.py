@@ -146,7 +146,7 @@ def _in_processes(
 
 def _worker(work: Work, items: Sequence[Any], counter: Any, channel: Connection, parent: int) -> None:
     """The life of a forked worker. It touches no lock that another thread of the parent may have held."""
-    _die_with(parent)
+    die_with(parent)
     gc.freeze()  # looking through the parent's objects would copy their memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -181,7 +181,7 @@ def _worker(work: Work, items: Sequence[Any], counter: Any, channel: Connection,
         os._exit(0)  # no handlers of the parent's, no flushing of its buffers
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _cache = tempfile.TemporaryDirectory(prefix="amalgam-tests-", ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = _cache.name
+os.environ["AMALGAM_CACHE"] = f"{_cache.name}/amalgam"
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens: a forgotten request fails at once
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):

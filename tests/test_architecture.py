@@ -34,7 +34,7 @@ ALLOWED = {
     ],
 }
 # Costs seconds to import: only these may, wherever in the file the import stands.
-ONLY_IN = {"transformers": ["merging.evaluation", "merging.calibration", "ui", "assets", "benchmarks.sets"]}
+ONLY_IN = {"transformers": ["merging.networks", "merging.evaluation", "ui", "assets", "benchmarks.sets"]}
 # Planning reads headers and must start at once: no torch while these are being imported.
 LIGHT = ["merging.errors", "merging.recipe", "merging.checkpoints", "merging.methods"]
 
@@ -44,7 +44,7 @@ UNSAFE_CALLS = {"torch.load", "yaml.load", "os.system", "os.popen", "eval", "exe
 UNSAFE_FLAGS = {"trust_remote_code", "shell", "allow_pickle"}
 # Mapped files: a file that shrinks kills the process, and its pages count as our memory.
 MAPPING = {"mmap", "memmap", "mmap_mode", "safe_open", "load_file"}
-MAY_MAP = ["merging.evaluation", "merging.calibration", "assets", "benchmarks.sets"]
+MAY_MAP = ["merging.evaluation", "assets", "benchmarks.sets"]
 
 
 def module_name(path: Path) -> str:

@@ -41,14 +41,6 @@ _FACTS = "facts"
 _DATACLASS, _TUPLE, _ARRAY = "$class", "$tuple", "$array"
 
 
-def default_folder() -> Path:
-    """``AMALGAM_CACHE`` if it is set, else the usual place for caches of this user."""
-    chosen = os.environ.get("AMALGAM_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "analysis"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "amalgam" / "analysis"
-
-
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 (hex) of a model's identity and of samples of its bytes; the adapter's base counts. Not of all bytes."""
     digest = hashlib.sha256(json.dumps(checkpoint.identity(), sort_keys=True).encode())

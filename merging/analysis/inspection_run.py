@@ -22,8 +22,9 @@ from typing import Any
 from ..checkpoints.header import ITEM_BITS
 from ..cores import available_cores
 from ..errors import Cancelled, RecipeError
+from ..user_folders import cache_folder
 from ..version import VERSION
-from .cache import NUMERICS, Cache, default_folder, fingerprint, key_of
+from .cache import NUMERICS, Cache, fingerprint, key_of
 from .changes import Changes, MergedChange, TensorChange, measure_changes
 from .doctor import examine, look
 from .inspection import Inspection, PartFacts
@@ -88,7 +89,7 @@ def inspect(
     ``open_models`` and the parts raise; parts that were finished before are kept in the cache.
     """
     check_options(parts, density, spectra, rank)
-    where = Cache(default_folder()) if cache is True else cache or Cache(None)
+    where = Cache(cache_folder("analysis")) if cache is True else cache or Cache(None)
     with open_models(base, experts, merged, offline=offline, progress=download) as models:
         if coefficients and len(coefficients) != len(models.names):
             what = f"{len(coefficients)} coefficients were given for {len(models.names)} experts."

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..calibration.loading import Network, run, threads_of_torch
 from ..errors import Cancelled, InputError, NumbersError
+from ..networks import Network, run, threads_of_torch
 from .sensitivity import Example, Progress
 from .spectra import measures_of
 

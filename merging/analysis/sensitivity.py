@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..calibration.loading import CAUSAL, CLASSIFIER, ENCODER, IMAGE, MASKED, Network, run, threads_of_torch
 from ..checkpoints.layout import role
 from ..errors import Cancelled, InputError, NumbersError
+from ..networks import CAUSAL, CLASSIFIER, ENCODER, IMAGE, MASKED, Network, run, threads_of_torch
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ def measure_sensitivity(
     """The sensitivity of each weight of ``network`` on the examples: loss -> scores.
 
     Args:
-        network: from ``calibration.loading``; its weights are not changed.
+        network: from ``merging.networks``; its weights are not changed.
         examples: texts (``calibration.samples``), or anything with inputs; each is one batch of size 1.
         losses: of ``LOSSES``. Two losses share the forward pass.
         threads: CPU threads of torch; another number can change the last bits.

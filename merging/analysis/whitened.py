@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.loading import Network, run, threads_of_torch
 from ..checkpoints.layout import role
 from ..errors import Cancelled, InputError, NumbersError
+from ..networks import Network, run, threads_of_torch
 from .matrices import Method
 from .sensitivity import Example, Progress
 from .spectra import Spectrum, check_method, spectrum_of

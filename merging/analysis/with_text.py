@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.loading import IMAGE, Network, load_network
 from ..calibration.samples import LENGTH, Sample, Samples, tokenize
 from ..calibration.texts import Chosen, choose, find_texts
 from ..errors import AmalgamError, Cancelled, InputError, RecipeError
 from ..methods import Workspace
+from ..networks import IMAGE, Network, load_network
 from .matrices import Method
 from .models import BASE, Models, open_models, task_vector
 from .representations import Representation, measure_representation

@@ -137,10 +137,10 @@ def no_network() -> None:
 
 def _end_with(parent: int) -> None:
     """End this process when its parent ends, however it ends."""
-    from merging.workers import _die_with
+    from merging.workers import die_with
 
     if sys.platform == "linux":
-        _die_with(parent)
+        die_with(parent)
     else:  # no such service: look now and then
         import threading
 

@@ -35,7 +35,7 @@ from merging.evaluation.child import Child, Send
 from merging.evaluation.models import CAUSAL, describe, load_model, model_key
 from merging.evaluation.records import ModelInfo, Record, RecordsFile, TaskInfo
 from merging.evaluation.runner import Evaluation, Failure, Progress
-from merging.evaluation.store import default_folder
+from merging.user_folders import cache_folder
 
 VERSION = "0.4.13"
 METRICS = {
@@ -282,7 +282,7 @@ def evaluate_harness(
                     f"The tasks of lm-evaluation-harness are not run on {name}: no causal language model."
                 )
                 continue
-            key = model_key(folder, default_folder())
+            key = model_key(folder, cache_folder("evaluation"))
             arguments = str(folder), key, [str(file) for file in files], limit, batch_size, threads, device
             with Child(_work, *arguments, threads=threads) as child:
                 for message in child.messages():

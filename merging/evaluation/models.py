@@ -220,7 +220,7 @@ def load_model(folder: str | Path, *, device: str = "cpu", threads: int = 1, key
     described = describe(folder)
     folder, kind = described.folder, described.kind
 
-    from merging.calibration.loading import load_network
+    from merging.networks import load_network
 
     with open_checkpoint_alone(folder) as checkpoint:
         network = load_network(checkpoint, device=device)

@@ -26,9 +26,10 @@ from merging.evaluation.child import Child, Send
 from merging.evaluation.models import CAUSAL, Described, describe, load_model, model_key
 from merging.evaluation.records import ModelInfo, Record, TaskInfo
 from merging.evaluation.scoring import KIND_NAMES, KINDS, Settings, make_scorer, score_batch
-from merging.evaluation.store import Results, default_folder
+from merging.evaluation.store import Results
 from merging.evaluation.tasks import Task, check_names
 from merging.evaluation.text_loss import WINDOW
+from merging.user_folders import cache_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def evaluate(
         OutputError: ``E_DEVICE``; ``E_WORKER`` if a child process cannot be started.
     """
     started, stop = time.monotonic(), stop or threading.Event()
-    folder = default_folder() if cache == "" else None if cache is None else Path(cache)
+    folder = cache_folder("evaluation") if cache == "" else None if cache is None else Path(cache)
     check_names(tasks)
     result = Evaluation(tasks=[task.info for task in tasks])
     known = _look_at(models, roles or {}, folder, result, progress, stop)

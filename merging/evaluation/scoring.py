@@ -97,7 +97,7 @@ def score_batch(model: Model, scorer: Scorer, task: Task, items: Sequence[Any]) 
     """Score some items and make records of it: one per item and metric, in that order."""
     import torch
 
-    from merging.calibration.loading import threads_of_torch
+    from merging.networks import threads_of_torch
 
     started = time.perf_counter()
     with threads_of_torch(model.threads), torch.inference_mode():

@@ -32,14 +32,6 @@ from merging.evaluation.tasks import Task
 FORMAT = 1
 
 
-def default_folder() -> Path:
-    """``AMALGAM_CACHE`` if it is set, else the usual place for caches of this user."""
-    chosen = os.environ.get("AMALGAM_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "evaluation"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "amalgam" / "evaluation"
-
-
 class Results:
     """What is known of one model on one task. ``found``: item -> its records, one per metric.
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merging.analysis import cache as module
-from merging.analysis.cache import Cache, default_folder, fingerprint, key_of
+from merging.analysis.cache import Cache, fingerprint, key_of
 from merging.checkpoints.checkpoint import open_checkpoint
 from tests.small_checkpoints import family, llama_like, save
 
@@ -170,14 +170,6 @@ def test_the_longest_unused_entries_go_first(tmp_path: Path, monkeypatch: pytest
 def only_size(folder: Path) -> int:
     (size,) = {path.stat().st_size for path in folder.iterdir()}
     return size
-
-
-def test_the_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AMALGAM_CACHE", "/somewhere")
-    assert default_folder() == Path("/somewhere/analysis")
-    monkeypatch.delenv("AMALGAM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert default_folder() == Path("/caches/amalgam/analysis")
 
 
 def test_keys_depend_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging.analysis.representations import measure_representation, spread_layers
-from merging.calibration.loading import Network, load_network
 from merging.checkpoints.checkpoint import open_checkpoint
 from merging.errors import Cancelled, InputError, NumbersError
+from merging.networks import Network, load_network
 from tests import tiny_models
 
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from assets.tiny_vit.build import pixels
 from merging.analysis.sensitivity import CHUNK, LOSSES, layer_of, measure_sensitivity, sum_of_products
-from merging.calibration.loading import Network, load_network
 from merging.calibration.samples import tokenize
 from merging.calibration.texts import choose
 from merging.checkpoints.checkpoint import open_checkpoint
 from merging.errors import Cancelled, InputError, NumbersError
+from merging.networks import Network, load_network
 from tests import tiny_models
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"
@@ -214,7 +214,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from merging.analysis.sensitivity import measure_sensitivity
-from merging.calibration.loading import Network
+from merging.networks import Network
 
 class Deep(torch.nn.Module):  # 24 layers of 4 MB
     def __init__(self):

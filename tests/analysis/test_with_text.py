@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from merging.analysis.models import open_models
 from merging.analysis.sensitivity import measure_sensitivity
 from merging.analysis.with_text import draw, measure_models, measure_with_text
-from merging.calibration.loading import load_network
 from merging.calibration.samples import tokenize
 from merging.calibration.texts import choose
 from merging.checkpoints.checkpoint import open_checkpoint
 from merging.errors import Cancelled, InputError, NumbersError, RecipeError
+from merging.networks import load_network
 from tests import tiny_models
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"

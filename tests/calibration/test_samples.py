@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from merging.calibration.loading import Network, load_network
 from merging.calibration.samples import batches, tokenize
 from merging.calibration.texts import Chosen, Text, choose
 from merging.checkpoints.checkpoint import open_checkpoint
 from merging.errors import InputError
+from merging.networks import Network, load_network
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo"
 

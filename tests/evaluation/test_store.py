@@ -15,7 +15,7 @@ import pytest
 
 from merging.evaluation.records import Record
 from merging.evaluation.scoring import KINDS, Kind, Settings
-from merging.evaluation.store import Results, default_folder
+from merging.evaluation.store import Results
 from merging.evaluation.tasks import Item, Task
 
 MODEL = "ab" * 32
@@ -143,14 +143,6 @@ def test_nothing_is_kept_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     results = Results(None, MODEL, TASK, Settings())
     results.add(batch(0, 2))
     assert results.records(ITEMS) == batch(0, 2) and list(tmp_path.iterdir()) == []
-
-
-def test_the_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("AMALGAM_CACHE", str(tmp_path))
-    assert default_folder() == tmp_path / "evaluation"
-    monkeypatch.delenv("AMALGAM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert default_folder() == tmp_path / "x" / "amalgam" / "evaluation"
 
 
 WRITER = """

@@ -20,8 +20,9 @@ from merging.evaluation.models import load_model
 from merging.evaluation.records import read_records_file
 from merging.evaluation.scoring import Settings, make_scorer, score_batch
 from merging.evaluation.statistics import wilson_interval
-from merging.evaluation.store import Results, default_folder
+from merging.evaluation.store import Results
 from merging.evaluation.tasks import read_tasks
+from merging.user_folders import cache_folder
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo"
@@ -56,7 +57,7 @@ def cache(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMALGAM_CACHE", str(cache))
-    assert default_folder() == cache / "evaluation"
+    assert cache_folder("evaluation") == cache / "evaluation"
 
 
 def run(*arguments: Any) -> int:

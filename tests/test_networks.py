@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging.calibration.loading import Network, load_network, run, threads_of_torch
 from merging.checkpoints.checkpoint import open_checkpoint
 from merging.errors import InputError
+from merging.networks import Network, load_network, run, threads_of_torch
 from tests import tiny_models
 
-DEMO = Path(__file__).parents[2] / "assets" / "demo"
-VIT = Path(__file__).parents[2] / "assets" / "tiny_vit"
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+VIT = Path(__file__).parents[1] / "assets" / "tiny_vit"
 
 
 def load(path: Path, **options: object) -> Network:

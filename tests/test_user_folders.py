@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from merging.user_folders import cache_folder
+
+
+def test_the_cache_can_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMALGAM_CACHE", "~/kept")
+    assert cache_folder("analysis") == Path.home() / "kept" / "analysis"
+    monkeypatch.delenv("AMALGAM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert cache_folder("analysis") == Path("/caches/amalgam/analysis")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder("x") == Path.home() / ".cache" / "amalgam" / "x"
