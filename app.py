@@ -158,7 +158,12 @@ def add_compare(commands: Any) -> None:
         description="Compare merged models with their base, their experts, the plain average and tuned task "
         "arithmetic: from runs, from files of records (with options that say who is who), or by making a new run.",
     )
-    compare.add_argument("runs", nargs="*", metavar="RUN", help="run file or its folder, or a file of records")
+    compare.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="run file or its folder, a file of records, or an output folder of lm_eval --log_samples",
+    )
     compare.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints only that")
     compare.add_argument("--base", metavar="MODEL", help="the base: a folder, or its name in the records")
     compare.add_argument(

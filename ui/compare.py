@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import Cancelled, TaskError
-from merging.evaluation.run_file import Loaded, apart, load_runs, parse_run, with_keys
+from merging.evaluation.run_file import NAME, Loaded, apart, load_runs, parse_run, with_keys
 
 from .evaluate import _bar
 from .terminal import TERMINATED, _download_bar, _stopping, print_error, say
@@ -26,15 +26,17 @@ RECORDS = (".jsonl", ".parquet")
 def compare(options: argparse.Namespace) -> int:
     """Run the command."""
     from merging.evaluation import compare as module
+    from merging.evaluation.comparison import Note
 
     from .compare_tables import print_comparison
     from .console import stdout
 
+    remarks: list[str] = []
     if options.runs:
-        files = [path for path in options.runs if Path(path).suffix in RECORDS]
+        files = [path for path in options.runs if _holds_records(Path(path))]
         if files and len(files) < len(options.runs):
             raise TaskError("E_RUN", "Runs and files of records cannot be mixed.", "", "Name one kind.")
-        loaded = _from_records(options, files) if files else _from_runs(options)
+        loaded = _from_records(options, files, remarks) if files else _from_runs(options)
     else:
         terminated = threading.Event()
         try:
@@ -45,6 +47,7 @@ def compare(options: argparse.Namespace) -> int:
                 return TERMINATED
             raise
     comparison = module.compare(loaded.records, loaded.run, selected_on=loaded.selected_on)
+    comparison.notes += [Note("note", text) for text in remarks]
     text = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if options.json == "-":
         sys.stdout.write(text)
@@ -64,8 +67,16 @@ def _from_runs(options: argparse.Namespace) -> Loaded:
     return load_runs(options.runs)
 
 
-def _from_records(options: argparse.Namespace, files: Sequence[str]) -> Loaded:
+def _holds_records(path: Path) -> bool:
+    """A file of records, or what lm-evaluation-harness wrote; a folder with a run file is a run."""
+    from merging.evaluation.lm_eval import is_results
+
+    return path.suffix in RECORDS or (not (path / NAME).exists() and is_results(path))
+
+
+def _from_records(options: argparse.Namespace, files: Sequence[str], remarks: list[str]) -> Loaded:
     """Records, and roles from the options. Models are named as in the records (name in the header, or key)."""
+    from merging.evaluation.lm_eval import is_results, read_results
     from merging.evaluation.records import read_records_file
 
     if given := _given(options, ("tune", "tasks", "selection_tasks", "out")):
@@ -77,7 +88,14 @@ def _from_records(options: argparse.Namespace, files: Sequence[str]) -> Loaded:
     data["candidates"] = {name: {"model": model} for name, model in _pairs(options.candidate, "candidate").items()}
     if data.get("average"):
         data["average"]["evaluations"] = 0
-    contents = [read_records_file(file) for file in files]
+    contents = []
+    for file in files:
+        if is_results(Path(file)):
+            content, notes = read_results(file)
+            remarks += [note for note in notes if note not in remarks]
+        else:
+            content = read_records_file(file)
+        contents.append(content)
     run = with_keys(parse_run(data, "the options"), contents, ", ".join(files))
     return Loaded(run, *apart(run, [record for content in contents for record in content.records]))
 

@@ -88,6 +88,13 @@ def read_results(path: str | Path) -> tuple[RecordsFile, list[str]]:
     return found, list(dict.fromkeys(notes))
 
 
+def is_results(path: Path) -> bool:
+    """Is this a file of results, or a folder with some in it?"""
+    if path.is_dir():
+        return next(path.rglob("results_*.json"), None) is not None
+    return bool(_RESULTS.fullmatch(path.name))
+
+
 def _read_one(file: Path, notes: list[str]) -> tuple[ModelInfo, list[TaskInfo], list[Record]]:
     results = _read_json(file, read_whole_or_refuse(file), "")
     if not isinstance(results, dict) or not all(isinstance(results.get(k), dict) for k in ("configs", "config")):

@@ -89,3 +89,18 @@ def test_one_item_in_both_splits_is_refused(run: Path, capsys: pytest.CaptureFix
     (run / "run.json").write_text(run_of(selection={"split": "validation", "records": ["records.jsonl"]}).as_json())
     assert main(["compare", str(run)]) == 8
     assert "E_SELECTION" in capsys.readouterr().err
+
+
+def test_results_of_the_harness_are_records_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names are those that lm_eval was given; its notes stand below the table."""
+    folder = Path(__file__).resolve().parents[1] / "data" / "lm_eval"
+    roles = ["--base", "assets/demo/base", "--expert", "sort=assets/demo/experts/sort:demo_exact"]
+    assert main(["compare", str(folder / "base"), str(folder / "sort"), *roles, "--json", "-"]) == 0
+    apart = json.loads(capsys.readouterr().out)
+    assert main(["compare", str(folder), *roles, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == apart
+    shares = {row["name"]: row["tasks"]["demo_exact"]["correct"] for row in apart["rows"]}
+    assert shares == {"base": 4, "expert sort": 6}
+    assert any("Response lengths" in note["text"] for note in apart["notes"])
+    assert main(["compare", str(folder / "base"), "--base", "nobody", "--expert", "a=b"]) == 2
+    assert "Its models: assets/demo/base" in capsys.readouterr().err
