@@ -96,8 +96,9 @@ def order_statistics(
     pending = [search for group in searches for search in group]
     for search in pending:
         search.largest = search.rank == total - 1
-    if total > 4 * BLOCK:
-        _first_guess(scan, keys, [search for search in pending if not search.largest], total)
+    guessed = [search for search in pending if not search.largest]
+    if guessed and total > 4 * BLOCK:
+        _first_guess(scan, keys, guessed, total)
     while pending:
         _narrow(scan, keys, pending, total)
         pending = [search for search in pending if search.found is None]

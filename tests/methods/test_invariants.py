@@ -8,6 +8,7 @@ means bit-exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merging.errors import AmalgamError
-from merging.methods import Workspace, make
+from merging.methods import Workspace, make, selection
 from merging.methods.scan import merge_tensors
 from tests.methods.cases import BY_ID, CASES, Case
 
@@ -308,10 +309,36 @@ def test_e14_shape_dtype_and_finiteness(case: Case, k: Knobs) -> None:
 @given(k=knobs)
 @EXAMPLES
 def test_e15_equals_the_float64_oracle(case: Case, k: Knobs) -> None:
+    equals_the_oracle(case, k, case.draw(np.random.default_rng(k.seed), count_for(case, k.experts)))
+
+
+SHARES = [
+    (case, share)
+    for case in CASES
+    for share in (None, 0.0, 0.3, 1.0)
+    if share is None or "density" in case.draw(np.random.default_rng(0), 1)[0]
+]
+
+
+@pytest.mark.parametrize(("case", "share"), SHARES, ids=lambda one: getattr(one, "id", str(one)))
+def test_e15_where_order_statistics_begin_with_a_sample(
+    case: Case, share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do for large tensors; also when nothing or everything is kept. None: as drawn."""
+    monkeypatch.setattr(selection, "BLOCK", 64)
+    monkeypatch.setattr(selection, "SMALL_SAMPLE", 32)
+    k = Knobs(11, (40, 50), "f32", 3, "normal")
+    own = case.draw(np.random.default_rng(3), count_for(case, k.experts))
+    if share is not None:
+        own = [one | {"density": share} for one in own]
+    equals_the_oracle(case, k, own)
+
+
+def equals_the_oracle(case: Case, k: Knobs, own: list[dict[str, Any]]) -> None:
+    base, experts = k.models(len(own))
+    merged = merge(case, own, base, experts)
     if case.oracle is None or not np.prod(k.shape):
         return
-    base, experts = k.models(count_for(case, k.experts))
-    own = case.draw(np.random.default_rng(k.seed), len(experts))
     wide = [t.double().numpy() for t in (base, *experts)]
     try:
         expected = np.asarray(case.oracle(wide[0] if case.base else None, wide[1:], case.shared, own))
@@ -319,7 +346,6 @@ def test_e15_equals_the_float64_oracle(case: Case, k: Knobs) -> None:
         return
     if not np.isfinite(expected).all():
         return
-    merged = merge(case, own, base, experts)
     right = torch.from_numpy(expected).to(base.dtype)
     size = torch.stack([right.abs().double(), merged.abs().double()]).amax(0)
     if k.dtype == "f64":  # no wider type to compute in: last bits of the inputs' size may differ

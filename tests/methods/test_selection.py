@@ -110,3 +110,11 @@ def test_any_size(seed: int, size: int, values: int, share: float) -> None:
 def test_nothing_at_all() -> None:
     (group,) = order_statistics(scan_of(np.zeros(0, np.float32)), lambda block: block.experts, [[0, 5]])
     assert [(s.value, s.below, s.equal) for s in group] == [(0, 0, 0), (0, 0, 0)]
+
+
+def test_no_rank_and_only_the_largest_of_much() -> None:
+    """Nothing to guess: no sample is drawn."""
+    x = KINDS["continuous"]
+    check([x], [])
+    check([x], [x.size - 1])
+    assert order_statistics(scan_of(x), lambda block: [], []) == []

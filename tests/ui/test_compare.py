@@ -102,5 +102,5 @@ def test_results_of_the_harness_are_records_too(capsys: pytest.CaptureFixture[st
     shares = {row["name"]: row["tasks"]["demo_exact"]["correct"] for row in apart["rows"]}
     assert shares == {"base": 4, "expert sort": 6}
     assert any("Response lengths" in note["text"] for note in apart["notes"])
-    assert main(["compare", str(folder / "base"), "--base", "nobody", "--expert", "a=b"]) == 2
+    assert main(["compare", str(folder / "base"), "--base", "nobody", "--expert", "a=b"]) == 8
     assert "Its models: assets/demo/base" in capsys.readouterr().err
