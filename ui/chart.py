@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from merging.analysis.inspection import Inspection
 
-from .chart_texts import READINGS, TITLES
+from .chart_words import READINGS, TITLES
 
 PANELS = 5
 """Maps beside each other in one figure."""

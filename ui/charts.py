@@ -1,7 +1,8 @@
 """An inspection as charts, in the order in which a reader asks. The report and the workbench both draw from here.
 
-Here are the charts about sizes, directions and signs; ``charts_spectra`` has those about singular values. How a figure
-looks is the affair of ``plots``, what it means that of ``chart_texts``.
+Here are the charts about sizes, directions and signs; ``charts_spectra`` has those about singular values,
+``charts_with_text`` those that need texts. How a figure looks is the affair of ``plots``, what it means that of
+``chart_words``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from merging.analysis import importance
 from merging.analysis.inspection import Inspection
 from merging.analysis.models import MERGED
 
-from . import charts_spectra, plots
+from . import charts_spectra, charts_with_text, plots
 from .chart import MOST_LINES, Chart, Table, chart, grouped, pairs_of, plain
 
 
@@ -29,7 +30,7 @@ def charts_of(result: Inspection) -> list[Chart]:
         (result.spectra, charts_spectra.spectra),
         (result.subspaces, charts_spectra.subspaces),
         (result.principal, charts_spectra.principal),
-        (result.texts, _sensitivities),
+        (result.texts, charts_with_text.with_texts),
     ]
     return [found for part, make in makers if part for found in make(result)]
 
@@ -183,30 +184,3 @@ def _alignment(result: Inspection) -> list[float | None]:
             if pair.b == MERGED and pair.kept_left is not None:
                 found[pair.a].append(pair.kept_left)
     return [float(np.mean(v)) if v else None for v in found.values()] if any(found.values()) else []
-
-
-# -- with texts ---------------------------------------------------------------------------------------------------
-
-
-def _sensitivities(result: Inspection) -> list[Chart]:
-    """By layer, for each loss that was measured."""
-    assert result.texts is not None
-    charts = []
-    for key in ("sensitivity", "entropy"):
-        measured = [expert for expert in result.texts["experts"] if expert[key] is not None]
-        layers = {e["expert"]: [one for one in e[key]["layers"] if one["block"] is not None] for e in measured}
-        lines = {
-            name: ([one["block"] for one in own], [one["coefficient"] for one in own]) for name, own in layers.items()
-        }
-        if not lines or not all(blocks for blocks, _ in lines.values()):
-            continue
-        rows = [
-            [expert["expert"], one["name"], one["score"], one["error"], one["coefficient"]]
-            for expert in measured
-            for one in expert[key]["layers"]
-        ]
-        table = Table(["expert", "layer", "score", "standard error", "coefficient α"], rows)
-        found = chart(key, result, "texts", table)
-        found.variants = [("", plots.by_layer(lines, "coefficient α of the layer"))]
-        charts.append(found)
-    return charts

@@ -62,7 +62,7 @@ pre code { padding: 0; background: none; white-space: pre-wrap; overflow-wrap: a
 .basis { font-size: .8rem; border: 1px solid var(--line); border-radius: 99px; padding: 0 .5em; white-space: nowrap; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; }
-nav ul { columns: 20rem; padding: .8rem 1rem .8rem 2rem; margin: 1rem 0; background: var(--box);
+nav ul { columns: 20rem; column-gap: 3rem; padding: .8rem 1rem .8rem 2rem; margin: 1rem 0; background: var(--box);
   border: 1px solid var(--line); border-radius: 8px; }
 nav li { break-inside: avoid; }
 section { margin: 2.6rem 0; }

@@ -31,7 +31,7 @@ from .inspection import Inspection, PartFacts
 from .models import Models, open_models
 from .principal import Principal, PrincipalTensor, measure_principal
 from .sampling import Sample
-from .spectra import Spectrum, measure_spectra
+from .spectra import Spectrum, left_out, measure_spectra
 from .subspaces import Overlap, Subspaces, TensorSubspaces, measure_both, measure_subspaces
 from .trimmed import DENSITY, Trimmed, TrimmedTensor, measure_trimmed
 
@@ -39,6 +39,7 @@ PARTS = ("doctor", "changes", "trimmed", "spectra", "subspaces", "principal", "t
 """In the order in which they run. The importance tables are arithmetic on ``changes`` and no part of their own."""
 SPECTRA = ("gram", "exact", "preview", "none")
 RANK = 16
+SIDE_FILES = (".json", ".txt", ".model", ".jinja")
 LEARNING = 1.0
 """Seconds of work before the time left is guessed."""
 
@@ -252,7 +253,9 @@ class _Run:
             return spectra
 
         self.result.spectra = self._get(self._key("spectra", method=method), (Spectrum,), compute)
-        self._made(*_basis(method))
+        basis, how = _basis(method)
+        others = len(left_out(self.models))
+        self._made(basis, f"{how}; {others} tensors that are no matrices have none" if others else how)
 
     def _subspaces(self) -> None:
         method, rank = self.options["spectra"], self.options["rank"]
@@ -275,11 +278,20 @@ class _Run:
         return self._key("subspaces", method=self.options["spectra"], rank=self.options["rank"])
 
     def _texts(self, texts: Sequence[str | Path]) -> None:
-        from .with_text import measure_models
+        from .with_text import REPRESENTATIONS, SAMPLES, WHAT, draw, measure_models
 
-        # Texts may change while their names stay, so this part is computed anew each time.
-        found = measure_models(self.models, list(texts), progress=self._told, stop=self.stop)
-        self.result.texts = found.as_dict()
+        # Hidden states are for seeing whether a merge has folded them together.
+        what = [*WHAT, *([REPRESENTATIONS] if self.result.reference["merged"] is not None else [])]
+        drawn = [one.key for one in draw(self.models.names, list(texts), SAMPLES)]
+
+        def compute() -> dict[str, Any]:
+            found = measure_models(
+                self.models, list(texts), what=what, samples=SAMPLES, progress=self._told, stop=self.stop
+            )
+            return found.as_dict()
+
+        key = self._key("texts", what=what, texts=drawn, networks=side_files(self.models))
+        self.result.texts = self._get(key, (), compute, lambda found: not found["problems"])
         self._made("sampled", "a sample of the given texts; see each expert's account")
 
     # -- results, kept or computed ----------------------------------------------------------------------------
@@ -291,8 +303,15 @@ class _Run:
         found = self.cache.read(key, (*classes, _Entry))
         return found if isinstance(found, _Entry) else None
 
-    def _get(self, key: str | None, classes: Sequence[type], compute: Callable[[], Any]) -> Any:
-        """The current part's result, from the cache or computed and then kept (not without a key)."""
+    def _get(
+        self,
+        key: str | None,
+        classes: Sequence[type],
+        compute: Callable[[], Any],
+        worth: Callable[[Any], bool] = lambda value: True,
+    ) -> Any:
+        """The current part's result, from the cache or computed and then kept (not without a key, nor if it is not
+        ``worth`` it)."""
         entry = self._find(key, classes) if key else None
         cached = entry is not None
         if entry is None:
@@ -301,7 +320,7 @@ class _Run:
             self.began, entry = None, _Entry(time.monotonic() - began, value)
             if self.part != "doctor":  # it reads headers: its pace says nothing about the others'
                 self.estimated, self.spent = self.estimated + self.costs[self.part], self.spent + entry.seconds
-            if key:
+            if key and worth(value):
                 self.cache.write(key, entry)
         self.result.parts[self.part] = PartFacts("exact", "", entry.seconds, cached)
         return entry.value
@@ -332,6 +351,18 @@ class _Run:
             estimated, spent = estimated + current, spent + time.monotonic() - self.began
         left = (1 - share) * whole * spent / estimated if estimated > 0 and spent > LEARNING else None
         self.progress(Step(self.part, self.chosen.index(self.part) + 1, len(self.chosen), share, left))
+
+
+def side_files(models: Models) -> list[list[Any]]:
+    """What besides weights decides what a network does with a text: configuration, tokenizer. Name, size and time."""
+    found = []
+    for who, checkpoint in models.checkpoints.items():
+        for place in [checkpoint.path, *([checkpoint.base.path] if checkpoint.base is not None else [])]:
+            folder = place if place.is_dir() else place.parent
+            for path in sorted(path for path in folder.iterdir() if path.suffix in SIDE_FILES):
+                status = path.stat()
+                found.append([who, path.name, status.st_size, status.st_mtime_ns])
+    return found
 
 
 _SUBSPACES = (Subspaces, TensorSubspaces, Overlap)

@@ -26,6 +26,7 @@ from merging.errors import AmalgamError, Cancelled, InputError, NumbersError, Re
 from tests.small_checkpoints import family, llama_like, load, merge, recipe, save
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "assets" / "demo"
 WITHOUT_TEXTS = [part for part in PARTS if part != "texts"]
 
 
@@ -355,3 +356,26 @@ def test_a_second_look_needs_no_torch(models: list[Path], tmp_path: Path) -> Non
         )  # fmt: skip
         assert done.returncode == 0 and done.stderr == ""
         assert expected is None or done.stdout.strip() == expected
+
+
+def test_results_with_texts_are_kept_until_something_changes(tmp_path: Path) -> None:
+    """The texts, the tokenizer and what was asked for are part of the key; what failed is not kept."""
+    base, sort = tmp_path / "base", tmp_path / "sort"
+    shutil.copytree(DEMO / "base", base)
+    shutil.copytree(DEMO / "experts" / "sort", sort)
+    texts = tmp_path / "texts.jsonl"
+    lines = (DEMO / "calibration" / "sort.jsonl").read_text("utf-8").splitlines()
+    texts.write_text("\n".join(lines[:4]), "utf-8")
+
+    def again(**options: Any) -> Inspection:
+        return inspect(str(base), [str(sort)], parts=["texts"], texts=[texts], cache=Cache(tmp_path / "c"), **options)
+
+    first, second = again(), again()
+    assert not first.parts["texts"].cached and second.parts["texts"].cached and second.texts == first.texts
+    texts.write_text("\n".join(lines[4:8]), "utf-8")
+    third = again()
+    assert not third.parts["texts"].cached and third.texts != first.texts
+    config = json.loads((sort / "config.json").read_text("utf-8"))
+    (sort / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}), "utf-8")
+    fourth = again()
+    assert not fourth.parts["texts"].cached and fourth.texts != third.texts

@@ -224,3 +224,25 @@ def test_writing(result: Inspection, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(OutputError) as caught:
         write_report(result, tmp_path / "none" / "r.html")
     assert caught.value.code == "E_OUTPUT_WRITE"
+
+
+def test_what_texts_add(tmp_path: Path) -> None:
+    """Sensitivities and whitened spectra by expert, hidden states of all models."""
+    demo = Path(__file__).resolve().parents[2] / "assets" / "demo"
+    experts = [demo / "experts" / name for name in ("sort", "rotate")]
+    out = merge(recipe("task_arithmetic", [(e, {"weight": 0.4}) for e in experts], demo / "base"), tmp_path / "merged")
+    lines = (demo / "calibration" / "sort.jsonl").read_text("utf-8").splitlines()[:6]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines), "utf-8")
+    found = inspect(
+        str(demo / "base"), [str(e) for e in experts], str(out.folder),
+        parts=["texts"], texts=[tmp_path / "few.jsonl"], cache=False, threads=1,
+    )  # fmt: skip
+    charts = {chart.key: chart for chart in charts_of(found)}
+    assert list(charts) == ["sensitivity", "entropy", "whitened", "representations"]
+    assert found.texts is not None
+    first = found.texts["experts"][0]
+    assert charts["whitened"].table.rows[0][:2] == [first["whitened"]["tensors"][0]["tensor"], "sort"]
+    assert charts["whitened"].table.rows[0][2] == first["whitened"]["tensors"][0]["effective_rank_of_values"]
+    assert [line.name for line in charts["representations"].variants[0][1].data] == ["base", "sort", "rotate", "merged"]
+    page = Page(report(found))
+    assert {"whitened", "representations"} <= {s["id"] for s in page.named("section")}

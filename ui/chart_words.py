@@ -18,6 +18,8 @@ TITLES = {
     "principal": "Did training touch the base's principal weights?",
     "sensitivity": "Which layers does each expert depend on? (loss of the next token)",
     "entropy": "Which layers does each expert depend on? (entropy of the answer, without labels)",
+    "whitened": "How many directions does each change use on its own texts?",
+    "representations": "Over how many directions do the hidden states spread?",
 }
 
 READINGS = {
@@ -88,5 +90,16 @@ READINGS = {
     "entropy": (
         "The same with the entropy of the model's own answers as the loss, which needs no labels (and is not the "
         "published score). Layers further to the right matter more for how sure the expert is."
+    ),
+    "whitened": (
+        "The same ranks as above, of the change multiplied by the square root of the inputs' second moments: what the "
+        "expert's texts never use counts nothing. Far fewer directions than without texts mean that most of the "
+        "change is idle on what the expert is for. Where a matrix saw fewer tokens than it has columns, the rank is "
+        "bounded by them (the table says so)."
+    ),
+    "representations": (
+        "RankMe of the hidden states of all models on the same texts: how many directions they use. A merge that lies "
+        "far below all its experts has folded their hidden states together. Only that can be read from it: of two "
+        "models with healthy numbers the higher one is not the better one."
     ),
 }
