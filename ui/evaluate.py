@@ -277,7 +277,8 @@ class _Lines:
         now = time.monotonic()
         if now - self.last >= self.every:
             self.last = now
-            say(f"{progress.done:,} of {progress.total:,} items  {progress.doing}  {_speed(progress)}", sys.stderr)
+            count = f"{progress.done:,} of {progress.total:,} items  " if progress.total else ""
+            say(f"{count}{progress.doing}  {_speed(progress)}".rstrip(), sys.stderr)
 
 
 def _speed(progress: Progress) -> str:

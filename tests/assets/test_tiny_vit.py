@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from assets.tiny_vit.build import SPLITS, VIEWS, accuracy, read_digits
+from assets.tiny_vit.build import SPLITS, VIEWS, accuracy, pixels, read_digits
 
 SET = Path(__file__).parents[2] / "assets" / "tiny_vit"
 MODELS = ["base", *(f"experts/{view}" for view in VIEWS)]
@@ -62,3 +62,21 @@ def test_experts_lead_on_their_own_view() -> None:
         assert 0.3 <= before <= 0.93
         assert own >= 0.85
         assert own >= before + 0.03, f"{view}: the expert scores {own}, the base {before}"
+
+
+def test_task_files_show_the_views(tmp_path: Path) -> None:
+    """Made by the script as they lie there; the evaluator sees what the experts were trained on."""
+    from assets.tiny_vit.tasks import write_tasks
+    from merging.evaluation.image_tasks import read_image_task
+
+    write_tasks(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        p.name: p.read_bytes() for p in (SET / "tasks").iterdir()
+    }
+    shipped = load_file(SET / "test.safetensors")
+    for view, show in VIEWS.items():
+        task = read_image_task(SET / "tasks" / f"{view}.yaml")
+        assert task.images is not None
+        seen = torch.from_numpy(task.images.pixels(task.items))
+        assert torch.equal(seen.reshape(-1, 8, 8), show(pixels(shipped["images"]))[:, 0])
+        assert [item.label for item in task.items] == shipped["labels"].tolist()
