@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from merging.user_folders import cache_folder
+from merging.user_folders import cache_folder, data_folder
 
 
 def test_the_cache_can_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,3 +15,11 @@ def test_the_cache_can_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder("analysis") == Path("/caches/amalgam/analysis")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder("x") == Path.home() / ".cache" / "amalgam" / "x"
+
+
+def test_what_was_made_can_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMALGAM_DATA", "/bucket")
+    assert data_folder() == Path("/bucket")
+    monkeypatch.delenv("AMALGAM_DATA")
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert data_folder() == Path("/data/amalgam")
