@@ -61,7 +61,8 @@ def test_plan_merge_and_verify(folder: Path, tmp_path: Path, capsys: pytest.Capt
     for text in ("ties", "expert1", "density=0.5", "Nothing stands in the way", "parameters", "MB with"):
         assert text in plan.stdout
     done = run("merge", folder / "recipe.yaml", tmp_path / "out", "--threads", 2)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if "%" not in line]  # a slow machine hears of the progress
+    assert (done.returncode, said) == (0, [])
     assert f"Wrote {tmp_path / 'out'}" in done.stdout and "verified" in done.stdout
     assert "Delta survival: " in done.stdout
     assert same_bits(load(tmp_path / "out"), load(folder / "expected"))

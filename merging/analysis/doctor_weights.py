@@ -45,6 +45,8 @@ of 1e-3, 3e-4 and 1e-4 at weight 0.3: 4, 14 and 35 % are lost, and the whole cha
 LITTLE_KEPT = 0.1
 """⟨τ_m, τ_k⟩/‖τ_k‖² of an expert of which a merge holds hardly anything. Averaging E unrelated experts leaves 1/E. Own
 judgement."""
+BY_CHANCE = 0.05
+"""Conflict this near to one half is that of unrelated changes."""
 CONFLICT = 0.30
 """Sign conflict, weighted by |τ_a τ_b|, above which methods that elect signs are worth trying (TIES, arXiv 2306.01708).
 Unweighted conflict is near one half for unrelated changes and says nothing."""
@@ -312,9 +314,14 @@ def _conflict(changes: Changes) -> list[Finding]:
     evidence = f"Opposite signs, weighted by |τ_a τ_b|: up to {highest:.0%} ({who}; all weights). Chance would be 50 %."
     if highest <= CONFLICT:
         return [Finding("conflict", "ok", "Little disagreement about signs.", evidence, highest, "", "exact")]
+    # Independent changes disagree on half of their weight: that is the rule, and no fault of these experts.
+    title = "Experts pull the same weights in opposite directions, "
+    title += "more than by chance." if highest > 0.5 + BY_CHANCE else "about as often as unrelated changes do."
+    if highest < 0.5 - BY_CHANCE:
+        title = "Experts pull some of the same weights in opposite directions."
     return [
         Finding(
-            "conflict", "note", "Experts pull the same weights in opposite directions.", evidence, highest,
+            "conflict", "note", title, evidence, highest,
             "A plain sum cancels there. Try `method: ties` (`density: 0.2`) and `pcb` beside `task_arithmetic`, and "
             "let `app.py compare` decide.", "exact",
         )

@@ -326,7 +326,7 @@ def test_conflicting_experts(tmp_path: Path) -> None:
 
     found = pair(tmp_path, opposite, exact=True)
     assert found["conflict"].severity == "note" and found["conflict"].number == pytest.approx(1, abs=1e-3)
-    assert "ties" in found["conflict"].remedy
+    assert "ties" in found["conflict"].remedy and "more than by chance" in found["conflict"].title
 
 
 def test_what_a_merge_kept(tmp_path: Path) -> None:
