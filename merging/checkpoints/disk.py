@@ -3,8 +3,8 @@
 Each service is one call: reserve room before writing (``reserve``), write and read all bytes at a position
 (``write_at``, ``fill_from``), start write-back early so that a later fsync is short (``start_writeback``),
 make a folder's names survive a power cut (``sync_folder``), rename without ever replacing (``rename_new``),
-and hold a folder for one process (``lock_folder``). They raise OSError as it comes; ``writing`` turns it
-into the typed error that says what to do.
+replace a small file in one step (``write_whole``), hold a file or a folder for one process (``take_lock``,
+``lock_folder``). They raise OSError as it comes; ``writing`` turns it into the typed error that says what to do.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from merging.errors import OutputError
 
 _NOT_OFFERED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
-_AT_FDCWD, _RENAME_NOREPLACE, _SYNC_FILE_RANGE_WRITE = -100, 1, 2
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # can only be asked for by changing it, which must not happen while other threads make files
+_AT_FDCWD, _RENAME_NOREPLACE, _SYNC_FILE_RANGE_WRITE, _KEEP_SIZE = -100, 1, 2, 1
 
 
 def _c_function(name: str, *argument_types: type) -> Callable[..., int] | None:
@@ -71,8 +74,8 @@ def no_space(where: Path, needed: int = 0) -> OutputError:
         "E_NO_SPACE",
         f"Not enough room to write {where}.",
         why + ".",
-        "Free some room or choose an output on another disk, then run the same command again: "
-        "finished tensors are kept.",
+        "Free some room or choose an output on another disk, then run the same command again"
+        + (": finished tensors are kept." if needed else "."),
     )
 
 
@@ -116,6 +119,18 @@ def reserve(descriptor: int, size: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def reserve_beyond(descriptor: int, size: int) -> None:
+    """Take the room for ``size`` bytes after the end of the file, which stays as long as it is. What is appended later
+    finds its place even if the disk is full by then. Does nothing where the file system does not offer it."""
+    end = os.fstat(descriptor).st_size
+    while _fallocate and _fallocate(descriptor, _KEEP_SIZE, end, size):
+        code = ctypes.get_errno()
+        if code in _NOT_OFFERED:
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
 def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
     """Write all of ``data`` at ``offset``, whatever the number of calls that takes."""
     view = memoryview(data).cast("B")
@@ -133,6 +148,25 @@ def fill_from(descriptor: int, buffer: memoryview, offset: int) -> None:
         if not count:
             raise OSError(errno.EIO, "the file is shorter than it was")
         buffer, offset = buffer[count:], offset + count
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that its name stands for the old content or for all of the new, whatever happens meanwhile.
+
+    OutputError: E_OUTPUT_WRITE, E_NO_SPACE.
+    """
+    with writing(path):
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
 
 
 def start_writeback(descriptor: int, offset: int, size: int) -> None:
@@ -179,10 +213,67 @@ def rename_new(source: Path, target: Path) -> None:
         raise
 
 
+def take_lock(path: Path) -> int | None:
+    """Descriptor of the file ``path``, made if needed and locked; None if another process or thread holds it.
+
+    The kernel drops the lock when all processes that inherited the descriptor have ended, however they end, so no
+    stale lock can remain, and a number of a process that is in use again cannot be mistaken for its holder.
+    """
+    for _ in range(100):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have removed this very file after we opened it: then we hold
+            # a lock that nobody else can see, and have to start over.
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    return None
+
+
+def is_locked(path: Path) -> bool:
+    """Does anybody hold the lock of the file ``path``?"""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def sign_lock(descriptor: int, process: int) -> None:
+    """Write into a locked file which process holds it."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{process}\n".encode(), 0)
+
+
+def holder_of(path: Path) -> int | None:
+    """The process that signed the lock file; None if nobody did."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            return int(file.read(32))
+    return None
+
+
 def lock_folder(folder: Path) -> int:
     """Create ``folder`` if needed and hold it: the descriptor of its locked file ``lock``.
 
-    The kernel drops the lock when the process ends, however it ends, so no stale lock can remain.
     Raises OutputError E_BUSY at once if another process (or another thread of this one) holds it.
     """
     path = folder / "lock"
@@ -193,32 +284,19 @@ def lock_folder(folder: Path) -> int:
             if not stat.S_ISDIR(os.lstat(folder).st_mode):
                 raise OSError(errno.ENOTDIR, "There is something else of that name")
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+                descriptor = take_lock(path)
             except FileNotFoundError:  # its holder just finished and removed the folder
                 continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The holder before us may have removed this very file after we opened it: then we hold
-                # a lock that nobody else can see, and have to start over.
-                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-                    return descriptor
-            except BlockingIOError:
-                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-                os.close(descriptor)
-                raise OutputError(
-                    "E_BUSY",
-                    f"Another merge is writing to this name right now ({folder}).",
-                    f"It is the process {holder}." if holder else "",
-                    "Wait for it or choose another output name.",
-                ) from None
-            except FileNotFoundError:
-                pass
-            except OSError:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+            if descriptor is not None:
+                sign_lock(descriptor, os.getpid())
+                return descriptor
+        holder = holder_of(path)
+        raise OutputError(
+            "E_BUSY",
+            f"Another merge is writing to this name right now ({folder}).",
+            f"It is the process {holder}." if holder else "",
+            "Wait for it or choose another output name.",
+        )
     raise OutputError("E_BUSY", f"The folder {folder} keeps being removed by another process.")
 
 
