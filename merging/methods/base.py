@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from .formula import Formula
 from .lazy_torch import torch
 
 if TYPE_CHECKING:
@@ -186,6 +187,16 @@ class Method:
     def whole_model(self) -> tuple | None:
         """For exact global rules: the parameters that must be the same in all tensors. None: per tensor."""
         return None
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        """What is done to a tensor of ``size`` elements, in words of ``formula.py``, with the numbers that are known
+        before a weight is read. ``names``: short names of the experts; ``base``: is there one?"""
+        raise NotImplementedError
+
+    def preparation(self) -> tuple:
+        """The parameters that ``prepare`` depends on. Where they and the inputs stay the same, what it gave may be used
+        again (a copy of it, if ``combine`` changes it): then a new strength costs no new search for thresholds."""
+        return (self.shared, *self.experts)
 
     def prepare(self, scan: Scan) -> list[Any]:
         """What ``combine`` must know beforehand: one value per tensor of the scan."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .base import Block
+from .formula import on_base, scaled, sum_of
 from .lazy_torch import torch
 
 if TYPE_CHECKING:
@@ -43,6 +44,21 @@ def agreeing_sum(block: Block, vectors: list[Tensor], factors: list[float], shar
             total.add_(torch.eq(total, 0, out=block.buffer("nobody")))
         agreed.div_(total)
     return agreed.mul_(direction)
+
+
+def agreeing_formula(
+    names: Sequence[str], factors: Sequence[float], shares: Sequence[float] | None, lambda_: float
+) -> tuple[str, tuple[str, ...]]:
+    """``agreeing_sum`` times λ on the base, as a formula of the sparse task vectors τ̂, and what its symbols mean."""
+    agreed = sum_of(zip(factors, (f"a_{n}·τ̂_{n}" for n in names), strict=True))
+    if agreed == "0" or lambda_ == 0:
+        return "W = W₀", ()
+    voted = sum_of(zip(factors, (f"τ̂_{n}" for n in names), strict=True))
+    vote = (f"a_k = 1 where expert k pulls in the direction of {voted} (up where that is 0), else 0",)
+    if shares is None:
+        return f"W = {on_base(scaled(lambda_, agreed if lambda_ == 1 else f'({agreed})'))}", vote
+    total = sum_of(zip(shares, (f"a_{n}" for n in names), strict=True))
+    return f"W = {on_base(scaled(lambda_, f'({agreed}) / ({total})'))}", (*vote, "0 / 0 counts as 0: nobody agrees")
 
 
 def sum_into(out: Tensor, terms: Sequence[tuple[Tensor, float]]) -> Tensor:

@@ -9,12 +9,14 @@ consensus (``dare_ties``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from .base import Block, Method, Parameters, Scan, lone_expert
-from .consensus import agreeing_sum
+from .consensus import agreeing_formula, agreeing_sum
+from .formula import CHANGES, Formula, on_base, per_expert, sum_of
 from .lazy_torch import torch
 from .linear import weighted_sum
 from .randomness import keep_mask
@@ -54,6 +56,31 @@ class DareLinear(Method):
     def copies(self) -> int | None:
         lone = lone_expert(self.coefficients() or [])
         return None if lone is not None and lone >= 0 and self.experts[lone].density < 1 else lone
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        coefficients = self.coefficients() or []
+        terms = zip(coefficients, (f"τ̂_{name}" for name in names), strict=True)
+        values = per_expert("c", "effective coefficient", names, coefficients)
+        return Formula(
+            f"W = {on_base(sum_of(terms))}", (CHANGES, *self._dropped_words(names)), values + self._densities(names)
+        )
+
+    def _densities(self, names: Sequence[str]) -> tuple:
+        return per_expert("p", "share that stays", names, [e.density for e in self.experts])
+
+    def _dropped_words(self, names: Sequence[str]) -> list[str]:
+        words = []
+        for name, p in zip(names, (e.density for e in self.experts), strict=True):
+            if p <= 0 or p >= 1:
+                words.append(f"τ̂_{name} = {f'τ_{name}' if p > 0 else '0'} (density {p:.4g})")
+                continue
+            kept = f"m_{name}·τ_{name}"
+            by = {"inverse": f"{kept} / {p:.4g}", "l1": f"{kept}·‖τ_{name}‖₁ / ‖{kept}‖₁", "none": kept}
+            words.append(f"τ̂_{name} = {by[self.shared.rescale]}, m_{name} = 1 with probability {p:.4g}, else 0")
+        return words
+
+    def preparation(self) -> tuple:
+        return (self.shared.rescale, *(e.density for e in self.experts))
 
     def prepare(self, scan: Scan) -> list[list[float]]:
         """The factor on the survivors, per tensor and expert."""
@@ -103,6 +130,12 @@ class DareTies(DareLinear):
         weights = [e.weight if e.density > 0 else 0.0 for e in self.experts]
         lone = lone_expert([float(w != 0) if self.shared.normalize else w for w in weights], self.shared.lambda_)
         return None if lone is not None and lone >= 0 and self.experts[lone].density < 1 else lone
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        weights, shared = [e.weight for e in self.experts], self.shared
+        text, vote = agreeing_formula(names, weights, weights if shared.normalize else None, shared.lambda_)
+        values = (("λ", "factor on the merged change", shared.lambda_), *per_expert("w", "weight", names, weights))
+        return Formula(text, (CHANGES, *self._dropped_words(names), *vote), values + self._densities(names))
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
         weights = [e.weight for e in self.experts]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -12,6 +13,7 @@ from pydantic import Field
 from ..errors import RecipeError
 from .base import Block, Method, Parameters, Scan
 from .consensus import sum_into
+from .formula import Formula, per_expert, sum_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +55,11 @@ class Linear(Method):
         coefficients = self.coefficients()
         used = [k for k, c in enumerate(coefficients) if c]
         return used[0] if len(used) == 1 and coefficients[used[0]] == 1 else None
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        coefficients = self.coefficients()
+        terms = zip(coefficients, (f"W_{name}" for name in names), strict=True)
+        return Formula(f"W = {sum_of(terms)}", values=per_expert("c", "share", names, coefficients))
 
     def prepare(self, scan: Scan) -> list[list[float]]:
         return [self.coefficients()] * len(scan.sizes)

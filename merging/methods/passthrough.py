@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from .base import Block, Method, Parameters
+from .formula import Formula, sum_of
 from .linear import weighted_sum
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ class Passthrough(Method):
 
     def copies(self) -> int | None:
         return 0 if self.coefficients() == [1.0] else None
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        (scale,) = self.coefficients()
+        return Formula(f"W = {sum_of([(scale, f'W_{names[0]}')])}", values=(("s", "scale", scale),))
 
     def combine(self, block: Block, prepared: Any) -> Tensor:
         return weighted_sum(block, block.experts, self.coefficients())

@@ -22,12 +22,14 @@ Where the spread in a min-max is zero, its result is 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from .base import Block, Method, Parameters, Scan, lone_expert
+from .formula import CHANGES, Formula, on_base, per_expert, percent, scaled, sum_of
 from .lazy_torch import torch
 from .selection import order_statistics
 
@@ -81,6 +83,36 @@ class Pcb(Method):
     def whole_model(self) -> tuple | None:
         s = self.shared
         return (s.ratio, s.clip, s.variant) if s.scope == "global" else None
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        shared, weights = self.shared, [e.weight for e in self.experts]
+        # the paper's variant does not clip
+        change = "C" if shared.variant != "paper" else "τ"
+        balanced = sum_of(zip(weights, (f"v_{n}·{change}_{n}" for n in names), strict=True))
+        total = " + ".join(f"v_{n}" for n in names)
+        text = "0" if balanced == "0" else scaled(shared.lambda_, f"({balanced}) / ({total})")
+        inter = {"C": "Σ_j tanh(s_k·s_j)", "A": "tanh(τ_k·Σ_j τ_j)", "B": "tanh(τ_k·Σ_j s_j)"}
+        score = "softmax(N·Norm(τ_k²)) · Σ_j softmax(Norm(τ_k·τ_j))"
+        if shared.variant != "paper":
+            score = f"exp({len(names)}·s_k²) · {inter[shared.variant]}"
+        among = f"{size:,} entries of the tensor" if shared.scope == "tensor" else "entries of the whole model"
+        where = [CHANGES]
+        if shared.variant != "paper":
+            where.append(f"C_k: τ_k, the smallest and largest {percent(shared.clip)} of |τ_k| clipped; s_k: C_k within ±1")
+        where += [
+            f"β_k = {score}: size within expert k, times agreement with the others",
+            f"v_k: β_k above its threshold, which {percent(shared.ratio)} of the {among} pass, brought to 0 … 1",
+        ]
+        values = (
+            ("λ", "factor on the merged change", shared.lambda_),
+            ("r", "share of entries that stays", shared.ratio),
+            *per_expert("λ", "weight", names, weights),
+        )
+        return Formula(f"W = {on_base(text)}", tuple(where), values)
+
+    def preparation(self) -> tuple:
+        s = self.shared
+        return (s.ratio, s.clip, s.variant, s.scope)
 
     # -- what must be known beforehand ----------------------------------------------------------------
 

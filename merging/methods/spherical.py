@@ -10,13 +10,14 @@ With φ = arccos(⟨a, b⟩ / |a||b|), slerp is (sin((1−t)φ)·a + sin(tφ)·b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
 from .base import Block, Method, Parameters, Scan
+from .formula import CHANGES, Formula, number, per_expert, sum_of
 from .lazy_torch import torch
 from .linear import weighted_sum
 
@@ -79,17 +80,25 @@ class Slerp(Method):
     def copies(self) -> int | None:
         return {0.0: -1, 1.0: 0}.get(float(self.shared.t))
 
-    def prepare(self, scan: Scan) -> list[list[float]]:
-        grams = gram_matrices(scan, task_vectors=False, with_base=True)
-        return [
-            slerp_coefficients(g, self.shared.t, lambda c: abs(c) > 0.9995, lambda n: n if n > 1e-8 else 1.0)
-            for g in grams
-            if g.size
-        ] or [[1.0, 0.0]]
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        return Formula(
+            f"W = {_arc(self.shared.t, 'W₀', f'W_{names[0]}')}",
+            (f"φ: the angle between W₀ and W_{names[0]}, measured when merging; a straight line if it is tiny",),
+            (("t", "way from the base (0) to the expert (1)", self.shared.t),),
+        )
 
-    def combine(self, block: Block, prepared: Any) -> Tensor:
+    def preparation(self) -> tuple:
+        return ()
+
+    def prepare(self, scan: Scan) -> list[np.ndarray]:
+        return gram_matrices(scan, task_vectors=False, with_base=True)
+
+    def combine(self, block: Block, prepared: np.ndarray) -> Tensor:
         assert block.base is not None
-        return weighted_sum(block, [block.base, *block.experts], prepared)
+        coefficients = slerp_coefficients(
+            prepared, self.shared.t, lambda c: abs(c) > 0.9995, lambda n: n if n > 1e-8 else 1.0
+        )
+        return weighted_sum(block, [block.base, *block.experts], coefficients)
 
 
 class NuSlerp(Method):
@@ -115,17 +124,27 @@ class NuSlerp(Method):
     def copies(self) -> int | None:
         return {0.0: 0, 1.0: 1}.get(self.t)
 
-    def prepare(self, scan: Scan) -> list[list[float]]:
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        letter = "τ" if base else "W"
+        first, second = (f"{letter}_{name}" for name in names)
+        angle = f"φ: the angle between {first} and {second}, measured when merging; a straight line if it is 0"
+        return Formula(
+            f"W = {'W₀ + ' if base else ''}{_arc(self.t, first, second)}",
+            (CHANGES, angle) if base else (angle,),
+            (("t", f"way from {names[0]} (0) to {names[1]} (1)", self.t),),
+        )
+
+    def preparation(self) -> tuple:
+        return ()
+
+    def prepare(self, scan: Scan) -> list[np.ndarray]:
+        return gram_matrices(scan, task_vectors=scan.has_base)
+
+    def combine(self, block: Block, prepared: np.ndarray) -> Tensor:
         def straight(cosine: float) -> bool:
             return 1 - cosine * cosine <= 1e-16  # sin² φ, as in mergekit 0.1.5
 
-        grams = gram_matrices(scan, task_vectors=scan.has_base)
-        return [
-            slerp_coefficients(g, self.t, straight, lambda n: max(n, 1e-7)) if g.size else [0.0, 0.0] for g in grams
-        ]
-
-    def combine(self, block: Block, prepared: Any) -> Tensor:
-        return _sum_on_base(block, prepared)
+        return _sum_on_base(block, slerp_coefficients(prepared, self.t, straight, lambda n: max(n, 1e-7)))
 
 
 class MultiSlerp(Method):
@@ -158,13 +177,25 @@ class MultiSlerp(Method):
         total = sum(weights)
         return [w / total for w in weights] if self.shared.normalize_weights and total else weights
 
-    def prepare(self, scan: Scan) -> list[list[float]]:
-        return [self._factors(g) for g in gram_matrices(scan, task_vectors=scan.has_base)]
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        weights, letter = self.weights(), "τ" if base else "W"
+        lengths = sum_of(zip(weights, (f"|{letter}_{n}|" for n in names), strict=True))
+        units = sum_of(zip(weights, (f"{letter}_{n}/|{letter}_{n}|" for n in names), strict=True))
+        mean = f"u = {units}: the mean direction; lengths |…| are measured when merging"
+        return Formula(
+            f"W = {'W₀ + ' if base else ''}({lengths}) · u/|u|",
+            (CHANGES, mean) if base else (mean,),
+            per_expert("w", "share", names, weights),
+        )
+
+    def preparation(self) -> tuple:
+        return ()
+
+    def prepare(self, scan: Scan) -> list[np.ndarray]:
+        return gram_matrices(scan, task_vectors=scan.has_base)
 
     def _factors(self, gram: np.ndarray) -> list[float]:
         weights = np.array(self.weights())
-        if not gram.size:
-            return [0.0] * len(weights)
         norms = np.sqrt(np.maximum(np.diag(gram), 0))
         on_units = weights / (norms + self.shared.eps)
         length = math.sqrt(max(float(on_units @ gram @ on_units), 0.0))
@@ -172,8 +203,13 @@ class MultiSlerp(Method):
             return [float(w) for w in weights]
         return [float(f) for f in on_units / length * float(weights @ norms)]
 
-    def combine(self, block: Block, prepared: Any) -> Tensor:
-        return _sum_on_base(block, prepared)
+    def combine(self, block: Block, prepared: np.ndarray) -> Tensor:
+        return _sum_on_base(block, self._factors(prepared))
+
+
+def _arc(t: float, first: str, second: str) -> str:
+    """Formula of the point at ``t`` on the arc from one to the other."""
+    return f"sin({number(1 - t)}·φ)/sin φ · {first} + sin({number(t)}·φ)/sin φ · {second}"
 
 
 def _sum_on_base(block: Block, coefficients: list[float]) -> Tensor:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from .base import Block, Method, Parameters, Scan, lone_expert
+from .formula import CHANGES, Formula, on_base, per_expert, sum_of
 from .linear import weighted_sum
 
 if TYPE_CHECKING:
@@ -47,6 +49,13 @@ class TaskArithmetic(Method):
 
     def copies(self) -> int | None:
         return lone_expert(self.coefficients())
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        coefficients = self.coefficients()
+        terms = zip(coefficients, (f"τ_{name}" for name in names), strict=True)
+        return Formula(
+            f"W = {on_base(sum_of(terms))}", (CHANGES,), per_expert("c", "effective coefficient", names, coefficients)
+        )
 
     def prepare(self, scan: Scan) -> list[list[float]]:
         return [self.coefficients()] * len(scan.sizes)

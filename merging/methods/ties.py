@@ -9,13 +9,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from .base import Block, Method, Parameters, Scan, lone_expert
-from .consensus import agreeing_sum
-from .trimming import Threshold, thresholds
+from .consensus import agreeing_formula, agreeing_sum
+from .formula import CHANGES, Formula, per_expert
+from .trimming import Threshold, thresholds, trimmed_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,21 @@ class Ties(Method):
 
     def whole_model(self) -> tuple | None:
         return tuple(e.density for e in self.experts) if self.shared.scope == "global" else None
+
+    def formula(self, names: Sequence[str], base: bool, size: int) -> Formula:
+        weights, shared = [e.weight for e in self.experts], self.shared
+        text, vote = agreeing_formula(names, weights, weights if shared.normalize else None, shared.lambda_)
+        ranked = size if shared.scope == "tensor" else None
+        trimmed = [trimmed_words(name, e.density, ranked) for name, e in zip(names, self.experts, strict=True)]
+        values = (
+            ("λ", "factor on the merged change", shared.lambda_),
+            *per_expert("w", "weight", names, weights),
+            *per_expert("d", "density", names, [e.density for e in self.experts]),
+        )
+        return Formula(text, (CHANGES, *trimmed, *vote), values)
+
+    def preparation(self) -> tuple:
+        return (self.shared.scope, *(e.density for e in self.experts))
 
     def prepare(self, scan: Scan) -> list[list[Threshold]]:
         return thresholds(scan, [e.density for e in self.experts])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .base import Block, Scan
+from .formula import percent
 from .lazy_torch import torch
 from .selection import order_statistics
 
@@ -54,6 +55,17 @@ class Threshold:
 
 
 KEEP_ALL = -1.0
+
+
+def trimmed_words(name: str, density: float, size: int | None) -> str:
+    """What τ̂ of an expert is. ``size``: elements of the tensor; None: ranked within the whole model."""
+    if density <= 0:
+        return f"τ̂_{name} = 0 (density 0)"
+    if density >= 1:
+        return f"τ̂_{name} = τ_{name} (density 1: nothing is trimmed)"
+    if size is None:
+        return f"τ̂_{name}: τ_{name} where it is among {name}'s largest {percent(density)} in the whole model, else 0"
+    return f"τ̂_{name}: the {count_kept(density, size):,} largest of the {size:,} entries of τ_{name}, else 0"
 
 
 def _shrink(tau: Tensor, limit: float) -> Tensor:
