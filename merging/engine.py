@@ -13,11 +13,11 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
@@ -111,7 +111,7 @@ def run(
         OutputFolder.open(Path(out), plan.files, plan.resume_key(device), discard=restart, progress=check) as folder,
     ):
         resumed = len(folder.done)
-        merge = _Merge(plan, folder, device, threads, progress, on_progress, wish)
+        merge = Merge(plan, folder, device, threads, progress, on_progress, wish)
         merge.run()
         for model in plan.models.values():
             model.check_unchanged()
@@ -157,11 +157,23 @@ class _Survival:
     lost: int = 0
 
 
-class _Merge:
-    """One run of one plan."""
+class Target(Protocol):
+    """Where merged tensors go: the files of an ``OutputFolder``, or memory."""
+
+    @property
+    def done(self) -> Collection[str]:
+        """Tensors that are there already."""
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None: ...
+
+    def complete(self, tensor: str, checksum: str) -> None: ...
+
+
+class Merge:
+    """One run of one plan into ``folder``."""
 
     def __init__(
-        self, plan: Plan, folder: OutputFolder, device: str, threads: int, progress: Progress,
+        self, plan: Plan, folder: Target, device: str, threads: int, progress: Progress,
         on_progress: Callable[[Progress], None] | None, stop: threading.Event,
     ) -> None:  # fmt: skip
         self.plan, self.folder, self.device, self.threads = plan, folder, device, threads
@@ -288,12 +300,14 @@ class _Merge:
 
     def combine(self, tensor: TensorPlan, method: Method) -> str:
         inputs = self.inputs(tensor)
-        if tensor.name in self.prepared:
-            known = self.prepared[tensor.name]
-        else:
-            scanned = [self.inputs(tensor, scan=True)]
-            (known,) = method.prepare(BlockScan(scanned, self.workspace(), self.seed, pulse=self.pulse))
+        known = self.prepared[tensor.name] if tensor.name in self.prepared else self.prepare(tensor, method)
         return self.write_blocks(tensor, inputs, lambda block: method.combine(block, known))
+
+    def prepare(self, tensor: TensorPlan, method: Method) -> Any:
+        """What the method must know of this tensor beforehand."""
+        scanned = [self.inputs(tensor, scan=True)]
+        (known,) = method.prepare(BlockScan(scanned, self.workspace(), self.seed, pulse=self.pulse))
+        return known
 
     def write_blocks(self, tensor: TensorPlan, inputs: TensorInputs, merged: Callable[[Any], Tensor]) -> str:
         workspace, checksum = self.workspace(), xxhash.xxh3_128()
