@@ -98,10 +98,11 @@ class Pcb(Method):
         among = f"{size:,} entries of the tensor" if shared.scope == "tensor" else "entries of the whole model"
         where = [CHANGES]
         if shared.variant != "paper":
-            where.append(f"C_k: τ_k, the smallest and largest {percent(shared.clip)} of |τ_k| clipped; s_k: C_k within ±1")
+            clipped = f"its smallest and largest {percent(shared.clip)} by magnitude clipped"
+            where.append(f"C_k: τ_k, {clipped}; s_k: C_k brought to −1 … 1")
         where += [
             f"β_k = {score}: size within expert k, times agreement with the others",
-            f"v_k: β_k above its threshold, which {percent(shared.ratio)} of the {among} pass, brought to 0 … 1",
+            f"v_k: β_k above a threshold that {percent(shared.ratio)} of the {among} pass, brought to 0 … 1",
         ]
         values = (
             ("λ", "factor on the merged change", shared.lambda_),
