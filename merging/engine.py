@@ -288,6 +288,7 @@ class Merge:
                         f"Integers and bools cannot be averaged, and{place_of_source(first)} and"
                         f"{place_of_source(source)} differ.",
                         "Check that the models belong together.")
+            self.check_copied(tensor, start, view)
             checksum.update(view)
             self.folder.write(tensor.name, start * size, view)
             self.pulse(stop - start, 2 * len(view))
@@ -343,6 +344,19 @@ class Merge:
             tensor.method.coarse if tensor.method else 2)
 
     # -- numbers ---------------------------------------------------------------------------------------
+
+    def check_copied(self, tensor: TensorPlan, start: int, view: memoryview) -> None:
+        """A copy must not carry on what arithmetic would refuse."""
+        dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+        if self.plan.recipe.policies.non_finite != "refuse" or not dtype.is_floating_point:
+            return
+        values = torch.frombuffer(view, dtype=dtype)
+        values = values if dtype.itemsize > 1 else values.float()
+        if math.isfinite(float(values.sum(dtype=torch.float64 if dtype == torch.float64 else torch.float32))):
+            return
+        broken = torch.nonzero(~torch.isfinite(values)).flatten()
+        if broken.numel():
+            refuse_non_finite(tensor.sources[0], start + int(broken[0]))
 
     def check_numbers(self, tensor: TensorPlan, start: int, result: Tensor, host: Tensor) -> None:
         """A sum shows any NaN or infinity; only then is looked closer."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from .alignment import COPIED_AS_THEY_ARE, Alignment, align_tensors
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
-from .checkpoints.disk import free_bytes
+from .checkpoints.disk import free_bytes, no_space
 from .checkpoints.header import ITEM_BITS, build_header
 from .checkpoints.hub import resolve
 from .checkpoints.layout import is_tied
@@ -145,6 +145,9 @@ class Plan:
         counts: dict[str, int] = {}
         for tensor in self.tensors:
             counts[tensor.action] = counts.get(tensor.action, 0) + 1
+        disk_free, blockers = free_bytes(_existing(out)) if out else None, list(self.blockers)
+        if out and disk_free is not None and disk_free < self.bytes_written:
+            blockers.append(no_space(out, self.bytes_written))
         return {
             "method": self.recipe.method,
             "models": {
@@ -162,14 +165,14 @@ class Plan:
             "files": {f.name: f.size for f in self.files},
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "disk_free": free_bytes(_existing(out)) if out else None,
+            "disk_free": disk_free,
             "memory": self.memory(threads),
             "seconds": round(self.seconds(threads), 1),
             "threads": threads,
             "coefficients": self.coefficients(),
             "notes": self.alignment.notes,
             "warnings": self.warnings,
-            "blockers": [{"code": b.code, "what": b.what, "why": b.why, "fix": b.fix} for b in self.blockers],
+            "blockers": [{"code": b.code, "what": b.what, "why": b.why, "fix": b.fix} for b in blockers],
             "hash": self.hash,
         }
 

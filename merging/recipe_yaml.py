@@ -84,7 +84,7 @@ def load_recipe(source: str | FilePath) -> LoadedRecipe:
         "\n" in source or re.match(r"\s*([\[{]|[\w\"']+\s*:(\s|$))", source)
     )
     path = FilePath("" if is_text else source)
-    document = read_yaml(str(source)) if is_text else read_yaml(_read_file(path), path.name)
+    document = read_yaml(str(source)) if is_text else read_yaml(_read_file(path), str(path))
     keys = set(document.data) if isinstance(document.data, dict) else set()
     if "merge_method" in keys and not keys & {"method", "amalgam"}:
         from .mergekit_dialect import from_mergekit
@@ -150,11 +150,15 @@ class _Reader:
             raise self._error(error.problem_mark, f"{error.problem or error.context}.") from None
         except (yaml.YAMLError, UnicodeError) as error:
             reason = getattr(error, "reason", "") or "it holds characters that YAML does not allow"
-            raise self._error(None, f"{reason}.") from None
+            mark = None
+            if isinstance(place := getattr(error, "position", None), int):
+                before = text[:place]
+                mark = yaml.Mark("", place, before.count("\n"), place - before.rfind("\n") - 1, None, 0)
+            raise self._error(mark, f"{reason}.") from None
 
     def _error(self, mark: Any, what: str, fix: str = "") -> RecipeError:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        prefix = f"{self.document.name}, " if self.document.name and where else ""
+        prefix = f"{self.document.name}{', ' if where else ': '}" if self.document.name else ""
         return RecipeError(
             "E_RECIPE_READ", f"{prefix}{where}{what}", "The text is not a recipe in YAML.", fix
         )

@@ -16,6 +16,7 @@ from .checkpoints.checkpoint import Source
 from .checkpoints.header import ITEM_BITS
 from .errors import AmalgamError, InputError, RecipeError
 from .methods import Method
+from .reading import place_of_source
 from .recipe import Recipe
 from .recipe_parameters import Resolved
 
@@ -148,7 +149,7 @@ def shape_problems(alignment: Alignment, included: set[str]) -> list[AmalgamErro
     if not different:
         return []
     first = different[0]
-    listed = ", ".join(str(list(s.shape)) for s in (first.base, *first.experts) if s is not None)
+    listed = "; ".join(f"{list(s.shape)} in{place_of_source(s)}" for s in (first.base, *first.experts) if s is not None)
     return [
         InputError(
             "E_SHAPE",

@@ -60,12 +60,12 @@ def strange(dtype: Any) -> Tensor:
 def test_nothing_added_is_nothing_changed(
     tmp_path: Path, method: str, shared: dict[str, Any], own: list[dict[str, Any]], chosen: int, dtype: Any
 ) -> None:
-    """Coefficient 0 leaves the base, a lone expert with weight 1 is the expert: every bit, also of NaNs."""
+    """Coefficient 0 leaves the base, a lone expert with weight 1 is the expert: every bit, also of NaNs if they may be."""
     values = [strange(dtype), strange(dtype).flip(0), strange(dtype).flip(1)]
     paths = [save(tmp_path / str(k), {"w": v, "v": v[0], "scalar": v[0, 1]}) for k, v in enumerate(values)]
     experts = list(zip(paths[1:], own, strict=False))
     base = None if method in ("linear", "passthrough", "nuslerp") else paths[0]
-    merge(recipe(method, experts, base, parameters=shared), tmp_path / "out")
+    merge(recipe(method, experts, base, parameters=shared, policies={"non_finite": "propagate"}), tmp_path / "out")
     assert same_bits(load(tmp_path / "out"), load(paths[chosen]))
 
 
@@ -310,3 +310,20 @@ def test_an_adapter_is_worth_its_merged_model(tmp_path: Path, method: str, dtype
         merge(Recipe.parse(what | ({} if method == "linear" else {"base": str(paths[0])})), tmp_path / name)
     assert same_bits(load(tmp_path / "a"), load(tmp_path / "m"))
     assert not same_bits(load(tmp_path / "a"), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("method", "weights"), [("task_arithmetic", [1.0]), ("linear", [1.0, 0.0])])
+def test_what_is_copied_is_looked_at_too(tmp_path: Path, dtype: torch.dtype, method: str, weights: list[float]) -> None:
+    paths = family(tmp_path, {"w": torch.randn(300, 300).to(dtype), "n": torch.arange(9)}, 2)
+    state = load(paths[1])
+    state["w"][7, 5] = float("nan")
+    save_file(state, paths[1] / "model.safetensors")
+    own = [(path, {"weight": weight}) for path, weight in zip(paths[1:], weights, strict=False)]
+    base = paths[0] if method == "task_arithmetic" else None
+    with pytest.raises(NumbersError) as raised:
+        merge(recipe(method, own, base), tmp_path / "out")
+    assert raised.value.code == "E_NOT_FINITE" and "element 2105 is nan" in str(raised.value)
+    assert str(paths[1]) in str(raised.value) and not (tmp_path / "out").exists()
+    merge(recipe(method, own, base, policies={"non_finite": "propagate"}), tmp_path / "copied")
+    assert bool(torch.isnan(load(tmp_path / "copied")["w"][7, 5]))

@@ -475,3 +475,12 @@ def test_the_plan_as_json(models: list[Path], tmp_path: Path) -> None:
     assert facts["files"] == {"model.safetensors": plan.bytes_written}
     assert list(facts["models"]) == [str(m) for m in models]
     assert facts["parameters"] == sum(t.numel() for t in llama_like(5).values())
+
+
+def test_a_disk_that_is_too_small_stands_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = family(tmp_path, llama_like(1), 2)
+    monkeypatch.setattr("merging.plan.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("merging.checkpoints.disk.free_bytes", lambda path: 1000)
+    with make_plan(recipe("linear", [(path, {"weight": 0.5}) for path in paths[1:]])) as plan:
+        assert [one["code"] for one in plan.as_dict(tmp_path / "out")["blockers"]] == ["E_NO_SPACE"]
+        assert plan.as_dict()["blockers"] == []

@@ -357,3 +357,9 @@ def test_a_recipe_written_and_read_is_the_same_recipe(data: dict[str, Any]) -> N
     assert again.canonical_json() == recipe.canonical_json()
     assert to_yaml(again) == text
     assert Recipe.parse(json.loads(recipe.canonical_json())) == recipe
+
+
+def test_a_character_that_no_text_has_is_named_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "n.yml").write_bytes(b"amalgam: 1\n\0base: x\n")
+    with pytest.raises(RecipeError, match=r"n\.yml, line 2, column 1: .*control characters"):
+        load_recipe(tmp_path / "n.yml")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import Cancelled, TaskError
+from merging.evaluation.records import check_place, write_whole
 from merging.evaluation.run_file import NAME, Loaded, apart, load_runs, parse_run, with_keys
 
 from .evaluate import _bar
@@ -32,6 +33,8 @@ def compare(options: argparse.Namespace) -> int:
     from .console import stdout
 
     remarks: list[str] = []
+    if options.json and options.json != "-":
+        check_place(options.json)
     if options.runs:
         files = [path for path in options.runs if _holds_records(Path(path))]
         if files and len(files) < len(options.runs):
@@ -53,8 +56,6 @@ def compare(options: argparse.Namespace) -> int:
         sys.stdout.write(text)
         return 0
     if options.json:
-        from merging.evaluation.records import write_whole
-
         write_whole(Path(options.json), text.encode("utf-8", "surrogatepass"))
     print_comparison(stdout(), comparison)
     return 0

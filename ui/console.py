@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
-from rich import console as rich_console
-
-
-class Console(rich_console.Console):
-    """Rich's, but for one thing: when the reader of our output goes away, only the output ends."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if self.stderr else sys.stdout).fileno())
+from rich.console import Console
 
 
 def stdout() -> Console:

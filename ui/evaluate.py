@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from merging.errors import Cancelled, TaskError
 from merging.evaluation.models import names_of
-from merging.evaluation.records import METRICS, Record, check_ending, write_records, write_whole
+from merging.evaluation.records import METRICS, Record, check_ending, check_place, write_records, write_whole
 from merging.evaluation.statistics import wilson_interval
 from merging.evaluation.tasks import check_names, read_task_file, task_files
 
@@ -36,6 +36,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     if options.out:
         check_ending(options.out)
+    for place in (options.out, options.json):
+        if place and place != "-":
+            check_place(place)
     files = [file for path in options.tasks for file in task_files(path)]
     for_harness = [file for file in files if lm_eval.is_harness_task(file)]
     if for_harness:
@@ -64,16 +67,16 @@ def run_evaluate(options: argparse.Namespace) -> int:
             print_error(error)
             return TERMINATED
     rows, notes = results(found), notes_on(found, options.limit)
+    text = json.dumps(as_json(found, rows, notes), indent=2, ensure_ascii=False) if options.json else ""
+    if options.json == "-":
+        say(text)
+    else:
+        _print(found, rows, notes)
     if options.out and found.records:
         write_records(options.out, found.records, found.models, found.tasks)
-    if options.json:
-        text = json.dumps(as_json(found, rows, notes), indent=2, ensure_ascii=False) + "\n"
-        if options.json == "-":
-            say(text.rstrip())
-        else:
-            write_whole(Path(options.json), text.encode())
-    if options.json != "-":
-        _print(found, rows, notes, options.out)
+        say(f"Wrote {len(found.records):,} records to {options.out}.", sys.stderr if options.json == "-" else None)
+    if options.json and options.json != "-":
+        write_whole(Path(options.json), f"{text}\n".encode())
     for failure in found.failures:
         print_error(failure.error)
     return found.failures[0].error.exit_code if found.failures else 0
@@ -91,7 +94,9 @@ def _models(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str, str
         if not (equals and name.strip() and path):
             raise TaskError("E_TASK", f"--baseline {text[:100]!r} is not of the form NAME=PATH.")
         named.append((name, path, BASELINE))
-    shown = [path.rstrip("/") or "/" for path in options.models]
+    shown = [path.rstrip("/") or path for path in options.models]
+    if twice := sorted({path for path in shown if shown.count(path) > 1}):
+        raise TaskError("E_TASK", f"{twice[0]} is named more than once.", "", "Name each model once.")
     named += [(name, path, CANDIDATE) for name, path in zip(names_of(shown), shown, strict=True)]
     folders: dict[str, Path] = {}
     for name, path, _ in named:
@@ -186,7 +191,7 @@ def as_json(found: Evaluation, rows: list[dict[str, Any]], notes: list[str]) -> 
 # -- the terminal -------------------------------------------------------------------------------------------------
 
 
-def _print(found: Evaluation, rows: list[dict[str, Any]], notes: list[str], out: str | None) -> None:
+def _print(found: Evaluation, rows: list[dict[str, Any]], notes: list[str]) -> None:
     from rich.table import Table
 
     from .console import stdout
@@ -217,8 +222,6 @@ def _print(found: Evaluation, rows: list[dict[str, Any]], notes: list[str], out:
         console.print(f"note: {_plain(note)}", highlight=False)
     known = f" ({found.kept:,} more were known from before)" if found.kept else ""
     console.print(f"{found.fresh:,} items scored in {found.seconds:.1f} s{known}.", highlight=False)
-    if out and found.records:
-        console.print(f"Wrote {len(found.records):,} records to {_plain(out)}.", highlight=False)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

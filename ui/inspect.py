@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import threading
 import time
@@ -27,8 +28,8 @@ from merging.analysis.finding import Finding
 from merging.analysis.inspection import Inspection
 from merging.analysis.inspection_run import PARTS, Step, inspect
 from merging.analysis.models import MERGED
-from merging.errors import AmalgamError, OutputError, RecipeError
-from merging.evaluation.records import write_whole
+from merging.errors import AmalgamError, RecipeError
+from merging.evaluation.records import check_place, write_whole
 
 from .console import stderr, stdout
 
@@ -47,7 +48,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
     for name in (options.json, options.html):
         if name and name != "-":
-            _check_place(Path(name))
+            check_place(name)
     parts = [part.strip() for part in options.parts.split(",") if part.strip()] if options.parts else PARTS
     terminated = threading.Event()
     with _stopping(terminated) as stop, _download_bar() as download, _bar() as show:
@@ -90,16 +91,12 @@ def run_inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_place(path: Path) -> None:
-    """Say before the work, not after it, that its result cannot be written there."""
-    if path.is_dir() or not path.parent.is_dir():
-        why = "It is a folder." if path.is_dir() else f"There is no folder {path.parent}."
-        raise OutputError("E_OUTPUT_WRITE", f"{path} cannot be written.", why, "Name a file in a folder that exists.")
-
-
 def _numbers(text: str | None) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        numbers = [float(part) for part in text.split(",")] if text else []
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
+        return numbers
     except ValueError:
         what = f"--coefficients {text[:60] if text else ''!r} are not numbers."
         raise RecipeError("E_RECIPE_FIELD", what, "", "Give one per expert, such as 0.3,0.5.") from None

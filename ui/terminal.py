@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import signal
 import sys
 import threading
@@ -15,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from merging.errors import AmalgamError, RecipeError
+from merging.errors import AmalgamError, OutputError, RecipeError
+
+from .output import patient_output
 
 if TYPE_CHECKING:
     from merging.engine import Progress
@@ -40,23 +41,26 @@ def run_command(options: argparse.Namespace) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
-    try:
-        return commands[options.command](options)
-    except AmalgamError as error:
-        print_error(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        say("\nStopped.", sys.stderr)
-        return 130
+    with patient_output() as out:
+        try:
+            code = commands[options.command](options)
+        except AmalgamError as error:
+            print_error(error)
+            return error.exit_code
+        except KeyboardInterrupt:
+            say("\nStopped.", sys.stderr)
+            return 130
+        out.flush()
+        if code == 0 and out.error is not None and not isinstance(out.error, BrokenPipeError):
+            lost = OutputError("E_OUTPUT_WRITE", "What was to be printed is lost.", f"{out.error.strerror}.")
+            print_error(lost)
+            return lost.exit_code
+        return code
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print at once. If whoever reads it has gone away, that ends the talking and not the work."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Print at once."""
+    print(text, file=stream or sys.stdout, flush=True)
 
 
 def print_error(error: AmalgamError) -> None:

@@ -19,6 +19,7 @@ from .sampling import USUAL_WEIGHT, Sample, relative
 if TYPE_CHECKING:
     from .changes import Changes
     from .spectra import Spectrum
+    from .tensor_change import MergedChange
 
 UNRELATED = 0.7
 """‖τ‖/‖W_0‖ of a base that is probably wrong. Two independent models of equal norm are √2 = 1.41 apart; half of that
@@ -67,7 +68,7 @@ def examine_weights(
         _survival(models, numbers, sample),
     ]
     if changes is not None:
-        findings += [*_conflict(changes), *_merged(changes)]
+        findings += [*_conflict(changes), *_merged(changes, models.reference["merged"] is not None)]
     return findings
 
 
@@ -328,11 +329,21 @@ def _conflict(changes: Changes) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _merged(changes: Changes) -> list[Finding]:
+def _merged(changes: Changes, given: bool) -> list[Finding]:
     """How much of each expert's change is in the merged model."""
-    merged = changes.total().merged
-    if merged is None:
+    if not given:
         return []
+    merged, lacking = changes.total().merged, [tensor.name for tensor in changes.tensors if tensor.merged is None]
+    if merged is None or lacking:
+        evidence = f"Absent or of another shape there: {len(lacking):,} of {len(changes.tensors):,} tensors, such as "
+        fix = "Check that this is the merge of these models. What is said of it below holds for the other tensors."
+        other = Finding("merged_tensors", "warning", "The merged model does not have all tensors of the base.",
+                        f"{evidence}{lacking[0]}.", len(lacking), fix, "exact")  # fmt: skip
+        return [other] if merged is None else [other, *_kept(changes, merged)]
+    return _kept(changes, merged)
+
+
+def _kept(changes: Changes, merged: MergedChange) -> list[Finding]:
     evidence = (
         f"⟨τ_m, τ_k⟩/‖τ_k‖²: {_each(changes.names, merged.projection, '.2f')}. The nearest weighted sum is "
         f"{_each(changes.names, merged.coefficients, '.2f')}; {merged.residual:.0%} of τ_m lies outside of it."

@@ -117,9 +117,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError:
                 raise problem(path, number, "it is not UTF-8 text", "Save the file as UTF-8.") from None
-            if number == 1 and line.startswith("\ufeff"):
-                fix = "Save the file as UTF-8 without it."
-                raise problem(path, number, "the file begins with a byte order mark", fix)
+            if number == 1:
+                line = line.removeprefix("\ufeff")  # a byte order mark, which some editors write
             yield number, line.removesuffix("\n").removesuffix("\r")
 
 

@@ -158,13 +158,23 @@ class _Work:
             if self.has_all(name):
                 row.length = math.fsum(lengths) / len(lengths) if any(lengths) else None
                 if self.one_unit:
-                    row.mean = estimate(self.mean(name), self.mean_draws(name))
+                    row.mean = self.mean_with_interval(name, list(cells.values()))
             if row.is_merged:
                 row.retention, row.gain_kept = self.kept(name)
             if role != "base" and self.has_all(name):
                 row.forgetting = self.forgetting(name)
             rows.append(row)
         return rows
+
+    def mean_with_interval(self, name: str, cells: Sequence[Cell]) -> Estimate:
+        """Bootstrap; where that has nothing to resample (all answers right, or all wrong) from the intervals of the
+        tasks, m − √Σ(pₜ − lₜ)² / T and m + √Σ(uₜ − pₜ)² / T (MOVER; Zou and Donner 2008)."""
+        mean, draws = self.mean(name), self.mean_draws(name)
+        if np.ptp(draws) > 0:
+            return estimate(mean, draws)
+        below = math.hypot(*(cell.mean - cell.low for cell in cells)) / len(cells)
+        above = math.hypot(*(cell.high - cell.mean for cell in cells)) / len(cells)
+        return Estimate(mean, mean - below, mean + above)
 
     def cell(self, task: Paired, name: str) -> Cell:
         scores = task.column(name)

@@ -36,7 +36,7 @@ from merging.errors import RecipeError, TaskError
 from merging.evaluation.tasks import MOST_ITEMS, Task, name_with_split, read_bytes, split_of
 
 LARGEST_ARRAYS = 1 << 29  # bytes, in the file and unpacked
-FIX = "merging/evaluation/image_tasks.py describes the format."
+FIX = "docs/evaluation.md describes the format."
 
 
 class _Fields(BaseModel):

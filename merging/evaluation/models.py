@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merging.checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
 from merging.checkpoints.files import open_plain, read_whole, shown
@@ -22,6 +22,9 @@ from merging.checkpoints.manifest import NAME as MANIFEST
 from merging.checkpoints.manifest import read_manifest
 from merging.checkpoints.side_files import PROCESSOR_FILES, TOKENIZER_FILES
 from merging.errors import InputError, VerificationError
+
+if TYPE_CHECKING:
+    from merging.networks import Network
 
 CAUSAL, CLASSIFIER, IMAGE = "causal", "classifier", "image"
 """What a model is for: the next token, the class of a text, the class of an image."""
@@ -79,7 +82,12 @@ def describe(folder: str | Path) -> Described:
     if not folder.is_dir():
         raise InputError("E_NOT_FOUND", f"There is no model folder {shown(folder)}.", "", "Check the path.")
     with open_checkpoint_alone(folder) as checkpoint:
-        config = checkpoint.config or {}
+        return describe_opened(checkpoint)
+
+
+def describe_opened(checkpoint: Checkpoint) -> Described:
+    """``describe`` of a model that is open already. InputError ``E_NOT_A_MODEL``."""
+    folder, config = checkpoint.path, checkpoint.config or {}
     listed = config.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
     kind = next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), None)
@@ -113,9 +121,9 @@ def model_key(folder: str | Path, cache: Path | None = None, told: Callable[[int
     shard index, tokenizer and chat template files, and image processor files. Not README, manifest or licence.
 
     The SHA-256 of a weight file is read off the folder's manifest where that is sound, lists the file with its present
-    size and is not older than it; then bytes that changed without a trace in size and time are not noticed
-    (``python app.py verify`` would). Else the file is read and hashed once, and remembered in ``cache`` by path, size,
-    inode and modification time.
+    size, and the file was neither written, moved nor replaced since the manifest was (by its change time, which unlike
+    the modification time no program can set). Else the file is read and hashed once, and remembered in ``cache`` by
+    path, size, inode, modification and change time.
 
     Args:
         cache: folder for remembered hashes; None remembers nothing.
@@ -132,7 +140,7 @@ def model_key(folder: str | Path, cache: Path | None = None, told: Callable[[int
     for name in weights:
         size, digest = listed.get(name, (-1, ""))
         status = os.stat(folder / name)
-        fresh = digest and size == status.st_size and status.st_mtime_ns <= os.stat(folder / MANIFEST).st_mtime_ns
+        fresh = digest and size == status.st_size and status.st_ctime_ns <= os.stat(folder / MANIFEST).st_ctime_ns
         digests[name] = digest if fresh else _hash_of(folder / name, cache, told)
     for name in sorted({*_CONFIGS, *TOKENIZER_FILES, *PROCESSOR_FILES}):
         if (folder / name).is_file():
@@ -183,7 +191,7 @@ def _hash_of(path: Path, cache: Path | None, told: Callable[[int], None]) -> str
 def _stamp(descriptor: int) -> list[int]:
     """Equal as long as a file is the same and has not been written to."""
     status = os.fstat(descriptor)
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def names_of(paths: Sequence[str | Path]) -> list[str]:
@@ -218,12 +226,20 @@ def load_model(folder: str | Path, *, device: str = "cpu", threads: int = 1, key
             gaps would be filled with random numbers; and all that ``open_checkpoint`` finds wrong with the files.
     """
     described = describe(folder)
-    folder, kind = described.folder, described.kind
 
     from merging.networks import load_network
 
-    with open_checkpoint_alone(folder) as checkpoint:
+    with open_checkpoint_alone(described.folder) as checkpoint:
         network = load_network(checkpoint, device=device)
+    return as_model(network, described, threads, key or model_key(folder))
+
+
+def as_model(network: Network, described: Described, threads: int = 1, key: str = "") -> Model:
+    """A network that is in memory, ready to be judged. Changes it: its own settings for generation are left out.
+
+    Raises InputError ``E_NOT_A_MODEL`` for a tokenizer that has neither a padding token nor an end token.
+    """
+    folder, kind, device = described.folder, described.kind, network.device
     module: Any = network.module
     ends: set[int] = set()
     if kind == CAUSAL:
@@ -240,7 +256,6 @@ def load_model(folder: str | Path, *, device: str = "cpu", threads: int = 1, key
             raise InputError("E_NOT_A_MODEL", what, "", "Name one in tokenizer_config.json.")
         network.tokenizer.pad_token = network.tokenizer.eos_token
     context = network.context if kind == CLASSIFIER else described.context
-    key = key or model_key(folder)
     return Model(folder, module, network.tokenizer, frozenset(ends), device, threads, kind, key, context)
 
 

@@ -124,7 +124,9 @@ def _table(task: str, metric: str, by_model: Mapping[str, Cells], others: Sequen
             missing = len(reference.keys() - by_model[name].keys())
             more = len(by_model[name].keys() - reference.keys())
             what = f"{first} and {name} were not scored on the same items of {task}."
-            why = f"{name} lacks {missing} of {len(reference)} items and has {more} others."
+            lacks = [f"{who} lacks {count} items that {other} has"
+                     for who, other, count in ((name, first, missing), (first, name, more)) if count]  # fmt: skip
+            why = f"{'; '.join(lacks)}."
             raise TaskError("E_COMPARE", what, why, "Evaluate both on the same file; what is finished is kept.")
     for item in items:
         expected = _shown(reference[item])

@@ -19,16 +19,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from merging.checkpoints.disk import writing
+from merging.checkpoints.disk import write_whole as write_whole
 from merging.checkpoints.files import read_whole, shown
 from merging.checkpoints.strict_json import parse_json
-from merging.errors import InputError, TaskError
+from merging.errors import InputError, OutputError, TaskError
 
 VERSION = 1
 HEADER = "amalgam_records"
@@ -151,26 +150,16 @@ def check_ending(path: str | Path) -> None:
         raise TaskError("E_RECORDS", what, "", "Choose one that ends in .jsonl or .parquet.")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that its name stands for the old content or for all of the new, whatever happens meanwhile."""
-    with writing(path):
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def check_place(path: str | Path) -> None:
+    """Say before the work, not after it, that its result cannot be written there: OutputError E_OUTPUT_WRITE."""
+    path = Path(path)
+    why = "It is a folder." if path.is_dir() else ""
+    if not path.parent.is_dir():
+        why = f"There is no folder {path.parent}."
+    elif not os.access(path.parent, os.W_OK):
+        why = f"Nothing can be written in {path.parent}."
+    if why:
+        raise OutputError("E_OUTPUT_WRITE", f"{path} cannot be written.", why, "Name a file in a folder that exists.")
 
 
 def _lines(content: RecordsFile, header: dict[str, Any]) -> bytes:
@@ -336,7 +325,7 @@ def _problem(row: Any) -> str | None:
     if row["metric"] not in METRICS:
         return f"the metric {row['metric'][:80]!a} is unknown (known: {', '.join(METRICS)})"
     for name in ("score", "seconds"):
-        if not math.isfinite(row[name]):
+        if isinstance(row[name], int) and abs(row[name]) > 1 << 53 or not math.isfinite(row[name]):
             return f"the field {name!r} is not a finite number"
     if METRICS[row["metric"]].kind == "binary" and not 0 <= row["score"] <= 1:
         return f"the score {row['score']!r} of {row['metric']} is not in [0, 1]"

@@ -136,7 +136,7 @@ def read_run(path: str | Path) -> tuple[Run, Path]:
     path = Path(path)
     if path.is_dir():
         path = path / NAME
-    fix = "merging/evaluation/run_file.py describes the format."
+    fix = "docs/evaluation.md describes the format."
     try:
         if path.exists() and not path.is_file():  # opening a named pipe would wait for its other end
             raise OSError(0, "it is not a plain file")
@@ -164,7 +164,7 @@ def parse_run(data: Any, name: str = "the run") -> Run:
         place = ".".join(map(str, first["loc"])) or "as a whole"
         message = first["msg"].removeprefix("Value error, ")
         raise TaskError(
-            "E_RUN", f"{name}: {place}: {message}.", "", "merging/evaluation/run_file.py describes the format."
+            "E_RUN", f"{name}: {place}: {message}.", "", "docs/evaluation.md describes the format."
         ) from None
 
 
@@ -227,7 +227,7 @@ def with_keys(run: Run, files: Sequence[RecordsFile], place: str) -> Run:
             problem = "has several models of this name" if keys else "has no records of this model"
             what = f"{place}: {entry.model[:80]!r}: the records file {problem}."
             raise TaskError("E_RUN", what, f"Its models: {', '.join(sorted(named)) or 'not named'}.", "Give its key.")
-        return entry.model_copy(update={"model": keys.pop()})
+        return entry.model_copy(update={"model": next(iter(keys))})
 
     changed = {name: key(getattr(run, name)) for name in ("base", "average", "tuned")}
     groups = {part: {name: key(e) for name, e in getattr(run, part).items()} for part in ("experts", "candidates")}

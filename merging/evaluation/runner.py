@@ -270,6 +270,8 @@ def _run(
         try:
             for message in child.messages():
                 if stop.is_set():
+                    if all(one.path is None for one in results.values()):
+                        raise Cancelled("Stopped. Without a cache nothing is kept.", "Run it again to start over.")
                     raise Cancelled("Stopped. What was scored is kept.")
                 if message is None:
                     continue
@@ -308,8 +310,11 @@ def _work(
     device: str,
 ) -> None:
     """In the child: model after model, task after task, batch after batch."""
+    import transformers
+
     from merging.engine import choose_device
 
+    transformers.utils.logging.set_verbosity_error()  # what matters of it becomes an error of ours
     device = choose_device(device)
     for number, job in enumerate(jobs):
         send("begin", number, None)

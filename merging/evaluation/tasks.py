@@ -103,6 +103,8 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 def task_files(path: str | Path) -> list[Path]:
     """A file itself; of a folder the files in it that end in .jsonl, .yaml, .yml or .json, by name. E_TASK if none."""
+    if not str(path):
+        raise TaskError("E_TASK", "The path of the tasks is empty.", "", "Name a file or a folder.")
     path = Path(path)
     if not path.is_dir():
         return [path]
@@ -179,7 +181,7 @@ def _read_lines(path: Path, name: str | None, kind: str | None) -> list[Task]:
     """The tasks of a file, one per split; ``kind`` None: that of the first line."""
     content = read_bytes(path)
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         _problem(path, number, "the file is not UTF-8 text", "Save it as UTF-8.")
@@ -193,7 +195,7 @@ def _read_lines(path: Path, name: str | None, kind: str | None) -> list[Task]:
     splits: dict[str, list[Any]] = {}
     seen: dict[Any, int] = {}
     for number, line in enumerate(lines, start=1):
-        found = _object(path, number, line)
+        found = _object(path, number, line, EXAMPLES[kind or "exact_match"])
         mine = kind_of(found)
         kind = kind or mine
         if mine != kind:
@@ -303,7 +305,7 @@ def _labels(found: dict[str, Any], refuse: Callable[[str], NoReturn]) -> tuple[i
     return tuple(labels)
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _object(path: Path, number: int, line: str, fix: str) -> dict[str, Any]:
     if not line.strip():
         _problem(path, number, "the line is blank", "Remove it.")
     try:
@@ -311,9 +313,11 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     except RecursionError:
         _problem(path, number, "the JSON is nested too deeply")
     except ValueError as error:
-        _problem(path, number, f"this is not the JSON asked for: {error}")
+        place = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        _problem(path, number, f"this is not the JSON asked for{place}: {reason}", fix)
     if not isinstance(found, dict):
-        _problem(path, number, "the line is not a JSON object")
+        _problem(path, number, "the line is not a JSON object", fix)
     return found
 
 

@@ -329,6 +329,13 @@ def test_conflicting_experts(tmp_path: Path) -> None:
     assert "ties" in found["conflict"].remedy and "more than by chance" in found["conflict"].title
 
 
+def test_a_merge_of_another_shape(tmp_path: Path) -> None:
+    base, wider = llama_like(2, 16), llama_like(2, 16) | {"model.layers.1.mlp.up_proj.weight": torch.ones(7, 16)}
+    paths = [save(tmp_path / name, state) for name, state in [("base", base), ("one", noise(base)), ("merged", wider)]]
+    found = findings(paths[0], paths[1:2], paths[2], exact=True)["merged_tensors"]
+    assert found.severity == "warning" and found.number == 1 and "layers.1.mlp.up_proj" in found.evidence
+
+
 def test_what_a_merge_kept(tmp_path: Path) -> None:
     base = llama_like(2, 16)
     one, two = noise(base, seed=1), noise(base, seed=2)

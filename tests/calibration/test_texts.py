@@ -51,7 +51,6 @@ def test_reads_texts_prompts_and_paragraphs_with_their_lines(tmp_path: Path) -> 
         (b'{"text": "a", "prompt": "b"}', "line 1: it must have one field"),
         (b'{"prompt": "1+1=", "answer": "2"}', "line 1: it has an answer"),
         (b'{"text": "a"}\n\xff', "line 2: it is not UTF-8"),
-        (b'\xef\xbb\xbf{"text": "a"}', "line 1: the file begins with a byte order mark"),
         (b'{"text": "' + b"[" * 100_000, "line 1: it is not the JSON"),
         (b"[" * 100_000, "line 1: it is not the JSON"),
         (b" " * (LONGEST_LINE + 1), "line 1: it is longer"),

@@ -16,7 +16,7 @@ from merging.errors import TaskError
 from merging.evaluation import compare as compare_module
 from merging.evaluation.comparison import Comparison
 from merging.evaluation.run_file import parse_run
-from merging.evaluation.statistics import bootstrap_p, resampled_means
+from merging.evaluation.statistics import bootstrap_p, resampled_means, wilson_interval
 from tests.evaluation.evaluated import SHARES, by_task, records_of, run_of
 
 
@@ -299,7 +299,7 @@ def test_an_unknown_choice_is_warned_of() -> None:
         (lambda r: None if r.model == "ties" else r, "no records of ties on the task"),
         (lambda r: None if r.model == "ties" and r.task == "code" else r, "no records of ties on the task code"),
         (lambda r: None if r.model == "ties" and r.item == "sort-0007" else r, "not scored on the same items of sort"),
-        (lambda r: replace(r, item="x") if r.model == "ties" and r.item == "sort-0007" else r, "lacks 1 of 400"),
+        (lambda r: replace(r, item="x") if r.model == "ties" and r.item == "sort-0007" else r, "ties lacks 1 items that base has"),
         (lambda r: replace(r, prompt="chat") if r.model == "ties" else r, "shown other prompts for item code-0000"),
         (lambda r: replace(r, shots=5) if r.model == "ties" else r, "shown other prompts"),
         (lambda r: replace(r, seed=3) if r.model == "ties" else r, "shown other seeds"),
@@ -335,3 +335,16 @@ def test_metrics_can_be_chosen() -> None:
 def test_records_of_other_models_are_not_looked_at() -> None:
     stranger = [replace(r, model="stranger", prompt="other", score=0.0) for r in RECORDS[:10]]
     assert compare(RECORDS + stranger, run_of()).as_dict() == COMPARISON.as_dict()
+
+
+def test_all_right_and_all_wrong_have_intervals_too() -> None:
+    """There is nothing to resample; the mean of two tasks is still not known exactly."""
+    shares = {"base": 0.0, "sorter": 1.0, "coder": 1.0, "average": 0.5, "tuned": 0.5, "ties": 1.0}
+    answers = {model: (np.arange(60) < share * 60).astype(float) for model, share in shares.items()}
+    scores = {model: {"sort": values, "code": values} for model, values in answers.items()}
+    rows = {row.name: row for row in compare_module.compare(records_of(scores), run_of(), resamples=200).rows}
+    low = wilson_interval(60, 60)[0]
+    mean = rows["ties"].mean
+    assert mean is not None and mean.value == 1 == mean.high
+    assert mean.low == pytest.approx(1 - np.hypot(1 - low, 1 - low) / 2)
+    assert rows["base"].mean is not None and rows["base"].mean.high > 0.02

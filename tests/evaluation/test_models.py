@@ -15,6 +15,7 @@ from merging.checkpoints import manifest
 from merging.checkpoints.verify import verify
 from merging.engine import run
 from merging.errors import InputError
+from merging.evaluation import models
 from merging.evaluation.models import CAUSAL, IMAGE, describe, encode, load_model, model_key, names_of
 from merging.plan import make_plan
 from merging.recipe import Recipe
@@ -106,18 +107,27 @@ def test_the_key_is_that_of_the_content(copy: Path, tmp_path: Path) -> None:
     assert len(seen) == 6
 
 
-def test_a_hash_is_remembered_until_the_file_changes(copy: Path, tmp_path: Path) -> None:
+def test_a_hash_is_remembered_until_the_file_changes(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights, cache, read = copy / "model.safetensors", tmp_path / "cache", []
-    old = 1_600_000_000
-    os.utime(weights, (old, old))
+    monkeypatch.setattr(models, "_RACY", -1)
     key = model_key(copy, cache, read.append)
     assert sum(read) == weights.stat().st_size
     assert model_key(copy, cache, read.append) == key and sum(read) == weights.stat().st_size
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
+    before = weights.stat()
     weights.write_bytes(raw)
-    os.utime(weights, (old + 1, old + 1))
-    assert model_key(copy, cache) != key
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p and tar do: same size, same time
+    other = model_key(copy, cache)
+    assert other != key
+    moved = copy.parent / "elsewhere.safetensors"
+    raw[-1] ^= 1
+    moved.write_bytes(raw)
+    os.utime(moved, ns=(before.st_atime_ns, before.st_mtime_ns))
+    moved.replace(weights)
+    assert model_key(copy, cache) == key
     for kept in (cache / "hashes").iterdir():  # damaged: hashed again
         kept.write_text('{"stamp": 3}')
     assert model_key(copy, cache) == model_key(copy)
@@ -147,6 +157,10 @@ def test_the_manifest_of_a_merge_saves_the_reading(tmp_path: Path) -> None:
     raw[-1] ^= 1
     weights.write_bytes(raw)  # newer than the manifest: not believed
     assert model_key(merged) != key and not verify(merged).ok
+    shutil.copy2(merged / "model.safetensors", tmp_path / "older.safetensors")
+    os.utime(tmp_path / "older.safetensors", (1_600_000_000, 1_600_000_000))
+    (tmp_path / "older.safetensors").replace(weights)  # moved here, its time kept: older than the manifest
+    assert model_key(merged) != key
     (merged / manifest.NAME).write_text("{}")
     assert model_key(merged) != key
 

@@ -109,6 +109,7 @@ OTHERS = [
     ("[]", "object"),
     (json.dumps(asdict(GOOD)).replace("1.0", "NaN"), "NaN"),
     (json.dumps(asdict(GOOD)).replace("1.0", "1e999"), "not a finite number"),
+    (json.dumps(asdict(GOOD)).replace("1.0", "9" * 400), "not a finite number"),
     (json.dumps(asdict(GOOD)).replace("abc", "\\ud800"), "surrogate"),
     (json.dumps(asdict(GOOD))[:-1] + ', "item": "x"}', "twice"),
     (json.dumps(asdict(GOOD)), "were there before, on line 1"),

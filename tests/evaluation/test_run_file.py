@@ -14,8 +14,8 @@ import pytest
 from merging.errors import TaskError
 from merging.evaluation import run_file
 from merging.evaluation.compare import compare
-from merging.evaluation.records import ModelInfo, write_records
-from merging.evaluation.run_file import join_runs, load_runs, parse_run, read_run
+from merging.evaluation.records import ModelInfo, RecordsFile, write_records
+from merging.evaluation.run_file import join_runs, load_runs, parse_run, read_run, with_keys
 from tests.evaluation.evaluated import SHARES, by_task, records_of, run_of
 
 RECORDS = records_of(by_task(60, SHARES))
@@ -152,3 +152,12 @@ def test_the_documented_example_is_a_run_file() -> None:
         re.sub(r" {3,}[^ ].*", "", line.rstrip()[4:].replace("  ", "", 1)) for line in example.splitlines()
     ]
     assert parse_run(json.loads("\n".join(without_remarks))).experts["code"].tasks == ["python"]
+
+
+def test_one_model_may_have_several_roles() -> None:
+    """Its name is looked up for each of them."""
+    records = records_of(by_task(5, SHARES))
+    names = [ModelInfo(model, f"the {model}") for model in {record.model for record in records}]
+    run = parse_run({"amalgam_run": 1, "base": {"model": "the base"}, "experts": {"sort": {"model": "the base"}}})
+    found = with_keys(run, [RecordsFile(records, names)], "here")
+    assert found.base.model == "base" == found.experts["sort"].model

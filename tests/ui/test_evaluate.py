@@ -185,3 +185,20 @@ def test_a_signal_ends_it_and_its_child(tmp_path: Path, number: signal.Signals, 
     while any(map(alive, started)) and time.monotonic() < sent + 5:
         time.sleep(0.02)
     assert not any(map(alive, started))
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "why"),
+    [("--out", "no/such/x.jsonl", "There is no folder no/such"), ("--json", ".", "It is a folder")],
+)
+def test_places_are_checked_before_the_work(
+    tasks: Path, option: str, place: str, why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merging.evaluation.runner.evaluate", lambda *_, **__: pytest.fail("worked in vain"))
+    assert run(SORT, "--tasks", tasks, option, place) == 5
+    assert why in capsys.readouterr().err
+
+
+def test_one_model_twice_and_no_tasks(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(SORT, SORT, "--tasks", tasks) == 8 and "named more than once" in capsys.readouterr().err
+    assert run(SORT, "--tasks", "") == 8 and "path of the tasks is empty" in capsys.readouterr().err
