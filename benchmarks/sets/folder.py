@@ -8,7 +8,6 @@ others is refused instead of mixed in.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sets.packages import facts
+from merging.checkpoints.disk import take_lock
 from merging.errors import OutputError
 from merging.evaluation.exact_match import wilson_interval
 
@@ -65,14 +65,11 @@ class SetFolder:
             what, why = f"{out} is not empty.", "It has no provenance.json, so it is no set that was begun here."
             raise OutputError("E_OUTPUT_EXISTS", what, why, "Name a new folder.")
         out.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.lock = take_lock(out / ".lock")
         """Held until the process ends, however it ends."""
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
+        if self.lock is None:
             what = f"Another process is building in {out}."
-            raise OutputError("E_BUSY", what, "", "Wait for it, or name a new folder.") from None
+            raise OutputError("E_BUSY", what, "", "Wait for it, or name a new folder.")
         for left in out.glob(".part-*"):  # of a build that was stopped
             shutil.rmtree(left)
         self._write_provenance()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.checkpoints.checkpoint import open_checkpoint
-from merging.checkpoints.disk import writing
+from merging.checkpoints.disk import take_lock, unlock_folder, writing
 from merging.errors import OutputError, TaskError
 from merging.evaluation.records import RecordsFile, write_records, write_whole
 from merging.evaluation.run_file import NAME, Entry, Run, parse_run
@@ -62,15 +62,25 @@ def produce(order: Order, out: Path, work: Work | None = None) -> Path:
     Raises:
         TaskError: ``E_SELECTION`` when a validation task holds items that are reported on, ``E_RUN`` for names that
             cannot be used.
-        OutputError: ``E_OUTPUT_EXISTS`` when there is a finished run in ``out``.
+        OutputError: ``E_OUTPUT_EXISTS`` when there is a finished run in ``out``, ``E_BUSY`` while another process works
+            there.
     """
-    work = work or Work()
     if (out / NAME).exists():
         raise OutputError("E_OUTPUT_EXISTS", f"{out} holds a finished run.", "", "Choose a new folder.")
     _check(order)
+    with writing(out):
+        (out / "models").mkdir(parents=True, exist_ok=True)
+        lock = take_lock(out / "lock")
+    if lock is None:
+        raise OutputError("E_BUSY", f"Another process is making a run in {out}.", "", "Wait, or choose a new folder.")
+    try:
+        return _produce(order, out, work or Work())
+    finally:
+        unlock_folder(lock)
+
+
+def _produce(order: Order, out: Path, work: Work) -> Path:
     models, sources = out / "models", order.sources
-    with writing(models):
-        models.mkdir(parents=True, exist_ok=True)
     folders: dict[str, Path] = {"base": sources.base}
     for name, path in sources.experts.items():
         whole = sources.whole(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from app import main
+from merging.checkpoints.disk import take_lock, unlock_folder
 from merging.errors import AmalgamError, TaskError
 from merging.evaluation import baselines
 from merging.evaluation.baselines import Order, apart, produce
@@ -131,3 +132,14 @@ def test_an_adapter_becomes_a_model_of_its_own(tmp_path: Path, monkeypatch: pyte
     sort = load_file(DEMO / "experts" / "sort" / "model.safetensors")
     key = f"{name}.weight"
     assert torch.allclose(average[key], (whole[key] + sort[key]) / 2, atol=1e-6)
+
+
+def test_two_processes_do_not_make_one_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    held = take_lock(out / "lock")
+    assert held is not None
+    with pytest.raises(AmalgamError) as caught:
+        produce(ORDER, out, WORK)
+    assert caught.value.code == "E_BUSY" and str(out) in str(caught.value)
+    unlock_folder(held)
