@@ -1,5 +1,6 @@
 """The front door of Amalgam, a workbench for merging models.
 
+    python app.py                         open the workbench in a browser
     python app.py demo                    merge, verify and score the bundled experts
     python app.py plan   RECIPE           what a merge would do and cost; no weight is read
     python app.py merge  RECIPE OUT       run it
@@ -8,6 +9,8 @@
     python app.py evaluate MODEL…         score models on tasks, item by item
     python app.py compare RUN             base, experts, baselines and candidates, with what is proven
     python app.py errors                  all error codes and what they mean
+
+Add --help to any of them for its options; those below are the workbench's.
 
 Exit codes: 0 done · 2 recipe or command line · 3 input models · 4 Hugging Face Hub · 5 output, disk, memory or
 device · 6 verification failed · 7 numbers (NaN, infinity, overflow) · 8 evaluation tasks · 130 stopped by the
@@ -25,6 +28,9 @@ from typing import Any
 
 # Idle OpenMP threads must sleep, not spin: the workers need the cores. Before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nobody is told that or how this program is used. Before gradio and huggingface_hub are imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 def size(text: str) -> int:
@@ -54,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_workbench(whole)
     commands = whole.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="merge, verify and score the bundled experts")
@@ -92,6 +99,32 @@ def parser() -> argparse.ArgumentParser:
     add_compare(commands)
     commands.add_parser("errors", help="all error codes and what they mean")
     return whole
+
+
+WORKBENCH_DEFAULTS: dict[str, Any] = {
+    "host": None,
+    "port": "auto",
+    "no_browser": False,
+    "window": False,
+    "data_dir": None,
+    "workbench_offline": False,
+    "workbench_demo": False,
+    "workbench_recipe": None,
+}
+
+
+def add_workbench(whole: argparse.ArgumentParser) -> None:
+    """The options without a command. Names that commands have too are told apart by their destination."""
+    own = whole.add_argument_group("the workbench (without a command)")
+    own.add_argument("--host", metavar="HOST", help="address to listen at (default: 127.0.0.1, this computer only)")
+    own.add_argument("--port", metavar="N", help="port, or auto: the first free one from 7860 (default: auto)")
+    own.add_argument("--no-browser", action="store_true", help="only print the address")
+    own.add_argument("--window", action="store_true", help="open a window of its own instead of a browser tab")
+    own.add_argument("--data-dir", metavar="FOLDER", help="where runs and settings are kept")
+    own.add_argument("--offline", action="store_true", dest="workbench_offline", help="never ask the Hub")
+    own.add_argument("--demo", action="store_true", dest="workbench_demo", help="start with the bundled experts")
+    own.add_argument("--recipe", metavar="FILE", dest="workbench_recipe", help="start with this recipe")
+    whole.set_defaults(**WORKBENCH_DEFAULTS)
 
 
 def add_inspect(commands: Any) -> None:
@@ -194,8 +227,13 @@ def add_compare(commands: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.command is None:
-        parser().print_help()
-        return 0
+        from ui import launch
+
+        return launch.main(options)
+    misplaced = [name for name, default in WORKBENCH_DEFAULTS.items() if getattr(options, name) != default]
+    if misplaced:
+        option = "--" + misplaced[0].removeprefix("workbench_").replace("_", "-")
+        parser().error(f"{option} before a command is for the workbench; put options of {options.command} after it")
     from ui import terminal
 
     return terminal.run_command(options)

@@ -57,6 +57,7 @@ FAMILIES: dict[int, dict[str, str]] = {
         "E_RESUME": "unfinished work cannot be resumed",
         "E_MEMORY": "the memory limit is too small for this merge",
         "E_DEVICE": "the compute device is not available",
+        "E_ADDRESS": "the workbench cannot listen at this address and port",
         "E_WORKER": "a worker process ended unexpectedly",
     },
     6: {  # verification

@@ -1,0 +1,1 @@
+"""The pages of the workbench. Each module has ``build(app, shell)``, which fills its tab."""
