@@ -236,6 +236,14 @@ def _file_names(module: Any, name: str, parameter: torch.Tensor) -> Iterator[str
             yield old.removeprefix(prefix)
 
 
+def import_libraries() -> None:
+    """Spend the seconds that importing takes now, and not when the first network is wanted."""
+    import transformers
+
+    for name in {name for _, name in _CLASSES.values()} | {"AutoConfig", "AutoTokenizer"}:
+        getattr(transformers, name)
+
+
 @contextlib.contextmanager
 def threads_of_torch(count: int) -> Iterator[None]:
     """torch computes on ``count`` CPU threads within. Small models are fastest with one."""

@@ -78,6 +78,14 @@ class Child:
                 return
             yield (kind, *content)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
     def close(self) -> None:
         """End the process now, whatever it is doing."""
         self._process.kill()
