@@ -7,6 +7,7 @@ the job is started, so that a mistake is told at once and not after a wait.
     merge      recipe.yml, and the model in ``model/`` or where ``out`` says; with ``evaluate`` also records.jsonl
     evaluate   records.jsonl, and answers.json to ``prompts``
     inspect    one event per finished part; the results are in the cache of inspections
+    compare    a run with baselines of its own; import: results of lm-evaluation-harness (see ``job_compare``)
 
 Nothing heavy is imported before a kind runs.
 """
@@ -16,52 +17,28 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from .checkpoints.disk import write_whole, writing
 from .errors import Cancelled, RecipeError, VerificationError
+from .job_compare import COMPARE, IMPORT
 from .job_files import JobProgress
+from .job_kind import Arguments, Count, Event, Kind, NamedModel, parsed
 from .job_pace import Pace, Tell, downloads
-
-Event = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """``check(arguments)`` raises for wrong ones; ``run`` returns the result, as JSON values."""
-
-    title: str
-    check: Callable[[dict[str, Any]], None]
-    run: Callable[[dict[str, Any], Path, Tell, Event, threading.Event], dict[str, Any]]
-
 
 # -- arguments ----------------------------------------------------------------------------------------------------
 
 
-class _Arguments(BaseModel):
-    """Unknown arguments are errors, values are not converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-NamedModel = Annotated[list[str], Field(min_length=3, max_length=3)]
-"""[name, reference, role]"""
-Count = Annotated[int, Field(ge=0)]
-"""0: the usual number, or all"""
-
-
-class Scoring(_Arguments):
+class Scoring(Arguments):
     tasks: list[str] = Field(min_length=1)
     """Task files, or folders of them."""
     limit: Count = 0
 
 
-class MergeArguments(_Arguments):
+class MergeArguments(Arguments):
     recipe: dict[str, Any]
     out: str | None = None
     """A folder that does not exist yet; None: ``model`` in the job's folder."""
@@ -73,7 +50,7 @@ class MergeArguments(_Arguments):
     offline: bool = False
 
 
-class EvaluateArguments(_Arguments):
+class EvaluateArguments(Arguments):
     models: list[NamedModel] = Field(min_length=1)
     tasks: list[str] = []
     prompts: list[Annotated[str, Field(min_length=1, max_length=100_000)]] | None = None
@@ -86,7 +63,7 @@ class EvaluateArguments(_Arguments):
     offline: bool = False
 
 
-class InspectOptions(_Arguments):
+class InspectOptions(Arguments):
     """As ``analysis.inspection_run.inspect`` takes them; None: its default."""
 
     bases: list[str] | None = None
@@ -100,22 +77,11 @@ class InspectOptions(_Arguments):
     offline: bool | None = None
 
 
-class InspectArguments(_Arguments):
+class InspectArguments(Arguments):
     base: str
     experts: list[str] = Field(min_length=1)
     merged: str | None = None
     options: InspectOptions = InspectOptions()
-
-
-def _parsed(cls: type[Any], arguments: dict[str, Any]) -> Any:
-    """RecipeError E_RECIPE_FIELD, with the place, for what does not fit."""
-    try:
-        return cls.model_validate(arguments)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"]))
-        what = f"The setting {place!r} of this run does not fit."
-        raise RecipeError("E_RECIPE_FIELD", what, f"{problem['msg']}.", "Correct it and start again.") from None
 
 
 # -- merge --------------------------------------------------------------------------------------------------------
@@ -126,7 +92,7 @@ def _check_merge(arguments: dict[str, Any]) -> None:
     from .job_scoring import check_models, check_tasks
     from .recipe import Recipe
 
-    wish = _parsed(MergeArguments, arguments)
+    wish = parsed(MergeArguments, arguments)
     Recipe.parse(wish.recipe)
     check_models(wish.models)
     if wish.evaluate is not None:
@@ -147,7 +113,7 @@ def _merge(
     from .recipe import Recipe
     from .recipe_yaml import to_yaml
 
-    wish = _parsed(MergeArguments, arguments)
+    wish = parsed(MergeArguments, arguments)
     recipe = Recipe.parse(wish.recipe)
     write_whole(folder / "recipe.yml", to_yaml(recipe).encode())
     tell(JobProgress(0, 0, "bytes", "planning"))
@@ -227,7 +193,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
 def _check_evaluate(arguments: dict[str, Any]) -> None:
     from .job_scoring import check_models, check_tasks
 
-    wish = _parsed(EvaluateArguments, arguments)
+    wish = parsed(EvaluateArguments, arguments)
     check_models(wish.models)
     if not wish.tasks and not wish.prompts:
         raise RecipeError("E_RECIPE_FIELD", "There is nothing to score.", "", "Choose a task, or write a prompt.")
@@ -241,7 +207,7 @@ def _evaluate(
     """Result: as ``job_scoring.score`` and ``job_scoring.ask`` say."""
     from .job_scoring import ask, score
 
-    wish = _parsed(EvaluateArguments, arguments)
+    wish = parsed(EvaluateArguments, arguments)
     how = {"device": wish.device, "threads": wish.threads, "offline": wish.offline}
     result: dict[str, Any] = {"records": None, "failures": [], "notes": []}
     if wish.tasks:
@@ -260,7 +226,7 @@ def _check_inspect(arguments: dict[str, Any]) -> None:
     from .analysis.inspection_run import PARTS, RANK, check_options
     from .analysis.trimmed import DENSITY
 
-    options = _parsed(InspectArguments, arguments).options
+    options = parsed(InspectArguments, arguments).options
     check_options(options.parts or PARTS, options.density or DENSITY, options.spectra or "gram", options.rank or RANK)
 
 
@@ -271,7 +237,7 @@ def _inspect(
     from .analysis.inspection import Inspection
     from .analysis.inspection_run import Step, inspect
 
-    wish, began = _parsed(InspectArguments, arguments), time.monotonic()
+    wish, began = parsed(InspectArguments, arguments), time.monotonic()
 
     def progress(step: Step) -> None:
         doing = f"{step.part} ({step.number} of {step.of})"
@@ -297,4 +263,6 @@ KINDS: dict[str, Kind] = {
     "merge": Kind("Merge", _check_merge, _merge),
     "evaluate": Kind("Evaluation", _check_evaluate, _evaluate),
     "inspect": Kind("Inspection", _check_inspect, _inspect),
+    "compare": COMPARE,
+    "import": IMPORT,
 }
