@@ -115,13 +115,13 @@ def _died(status: int) -> OutputError:
         return OutputError("E_WORKER", f"The worker ended without a result (exit code {os.WEXITSTATUS(status)}).",
                            "See log.txt in the run's folder.", RESUME)  # fmt: skip
     number = os.WTERMSIG(status)
-    why = {
+    reasons: dict[int, str] = {
         signal.SIGKILL: "Usually the system ran out of memory and ended it.",
         signal.SIGSEGV: "A library crashed; see log.txt in the run's folder.",
         signal.SIGBUS: "A library crashed; see log.txt in the run's folder.",
-    }.get(number, "")
-    fix = f"{RESUME} If it happens again, use fewer threads."
-    return OutputError("E_WORKER", f"The worker ended unexpectedly (signal {number}).", why, fix)
+    }
+    what, fix = f"The worker ended unexpectedly (signal {number}).", f"{RESUME} If it happens again, use fewer threads."
+    return OutputError("E_WORKER", what, reasons.get(number, ""), fix)
 
 
 def end_unless_ended(folder: Path, error: AmalgamError) -> None:

@@ -50,7 +50,8 @@ class Jobs:
     """The jobs in one folder. Any number of objects and processes may use the same folder at once.
 
     ``worker``: the command that is started with a job's folder and the number of its locked file.
-    Methods raise InputError E_NOT_FOUND for a job that there is not, E_JSON for one whose job.json is damaged.
+    Methods raise InputError E_NOT_FOUND for a job that there is not; those that need the arguments, or change what is
+    kept, E_JSON (E_PATH, E_READ) for one whose job.json is damaged.
     """
 
     def __init__(self, folder: str | Path, worker: Sequence[str] = WORKER) -> None:
@@ -182,15 +183,13 @@ class Jobs:
     # -- looking ----------------------------------------------------------------------------------------------
 
     def state(self, id: str) -> JobState:
+        """What is known now. A damaged job is failed, with the error that says how it is damaged."""
         _reap()
-        folder = self.folder(id)
-        return state_of(folder, read_job(folder))
+        return _look(self.folder(id))
 
     def states(self, removed: bool = False) -> list[JobState]:
-        """All jobs, newest first: those that were not removed, or (``removed``) those that were.
-
-        A damaged job is listed as failed, with its error. Folders that are no jobs are passed over.
-        """
+        """All jobs, newest first: those that were not removed, or (``removed``) those that were. Folders that are no
+        jobs are passed over."""
         _reap()
         try:
             names = [name for name in os.listdir(self.path) if ID.fullmatch(name)]
@@ -198,13 +197,8 @@ class Jobs:
             return []
         found = []
         for name in names:
-            folder = self.path / name
-            if folder.is_symlink() or not os.path.lexists(folder / "job.json"):
-                continue
-            try:
-                found.append(state_of(folder, read_job(folder)))
-            except AmalgamError as error:
-                found.append(damaged(folder, error))
+            with contextlib.suppress(InputError):
+                found.append(_look(self.folder(name)))
         return sorted(
             (state for state in found if (state.removed is not None) == removed),
             key=lambda state: (state.created, state.id), reverse=True,
@@ -281,6 +275,13 @@ class Jobs:
                 write_job(folder, changed(read_job(folder)))
             finally:
                 os.close(lock)
+
+
+def _look(folder: Path) -> JobState:
+    try:
+        return state_of(folder, read_job(folder))
+    except AmalgamError as error:
+        return damaged(folder, error)
 
 
 def one_line(text: str) -> str:

@@ -97,7 +97,7 @@ def _live(folder: Path, lock: int, doing: Work) -> None:
         with wait_for_turn(folder.parent, folder.name, lambda: asked_to_stop(folder)) as mine:
             if mine:
                 doing(str(folder))
-            end_unless_ended(folder, Cancelled(fix=RESUME))
+            end_unless_ended(folder, Cancelled(fix=RESUME) if asked_to_stop(folder) else _broken_off())
     except BaseException as error:
         end_unless_ended(folder, _typed(error))
     finally:
@@ -106,10 +106,12 @@ def _live(folder: Path, lock: int, doing: Work) -> None:
 
 def _typed(error: BaseException) -> AmalgamError:
     """What lends a GPU takes it away by raising whatever it likes."""
-    if isinstance(error, AmalgamError):
-        return error
-    why = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    return OutputError("E_WORKER", "The work was broken off, perhaps because the time on the GPU was over.", why, RESUME)
+    return error if isinstance(error, AmalgamError) else _broken_off(f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _broken_off(why: str = "") -> OutputError:
+    what = "The work was broken off, perhaps because the time on the GPU was over."
+    return OutputError("E_WORKER", what, why, RESUME)
 
 
 def follow(jobs: Jobs, id: str, every: float = 0.5) -> Iterator[JobState]:
