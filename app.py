@@ -239,5 +239,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return terminal.run_command(options)
 
 
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to do when Python lacks what requirements.txt names; "" for a module of our own."""
+    name = (error.name or "").split(".")[0]
+    if not name or name in ("merging", "ui"):
+        return ""
+    ready = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".venv", "bin", "python")
+    how = f"Use {ready}." if os.path.exists(ready) else "Run `make run` once, or pip install -r requirements.txt."
+    return f"error: This Python lacks the package {name}, which Amalgam needs.\n{how}"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while packages were being imported
+        sys.exit(130)
+    except ModuleNotFoundError as missing:
+        if not (message := missing_package(missing)):
+            raise
+        sys.exit(message)

@@ -358,3 +358,11 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> N
     seldom.show(progress)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r" *25% +[12] MB/s +6 s left", line), line
+
+
+def test_a_python_without_the_packages_is_told_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "app.py"), "plan", "x.yml"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "lacks the package" in done.stderr and ("make run" in done.stderr or "Use " in done.stderr)
