@@ -8,6 +8,7 @@ the job is started, so that a mistake is told at once and not after a wait.
     evaluate   records.jsonl, and answers.json to ``prompts``
     inspect    one event per finished part; the results are in the cache of inspections
     compare    a run with baselines of its own; import: results of lm-evaluation-harness (see ``job_compare``)
+    download   models of the Hub, in its ordinary cache (see ``job_download``)
 
 Nothing heavy is imported before a kind runs.
 """
@@ -25,6 +26,7 @@ from pydantic import Field
 from .checkpoints.disk import write_whole, writing
 from .errors import Cancelled, RecipeError, VerificationError
 from .job_compare import COMPARE, IMPORT
+from .job_download import DOWNLOAD
 from .job_files import JobProgress
 from .job_kind import Arguments, Count, Event, Kind, NamedModel, parsed
 from .job_pace import Pace, Tell, downloads
@@ -265,4 +267,5 @@ KINDS: dict[str, Kind] = {
     "inspect": Kind("Inspection", _check_inspect, _inspect),
     "compare": COMPARE,
     "import": IMPORT,
+    "download": DOWNLOAD,
 }

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .alignment import COPIED_AS_THEY_ARE, Alignment, align_tensors
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.disk import free_bytes, no_space
 from .checkpoints.header import ITEM_BITS, build_header
-from .checkpoints.hub import resolve
+from .checkpoints.hub import Resolved, resolve
 from .checkpoints.layout import is_tied
 from .checkpoints.output import OutputFile
 from .checkpoints.side_files import OutputFacts, SideFiles, collect
@@ -37,6 +38,8 @@ from .vocabularies import VocabularyPlan, align_vocabularies
 NUMERICS = 1
 """Raised whenever the same plan would give other bytes: unfinished work of an older version is not resumed."""
 SHARD_SIZE = 5_000_000_000
+Find = Callable[[str], Resolved]
+"""From what a recipe calls a model to where it lies."""
 INTERPRETER = 230_000_000
 """Anonymous memory of Python with torch, in bytes (measured; see benchmarks)."""
 
@@ -193,17 +196,17 @@ def make_plan(
     shard_size: int = SHARD_SIZE,
     offline: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    find: Find | None = None,
 ) -> Plan:
     """Open the inputs and plan the merge. Models of the Hub are downloaded first (``progress``: bytes done, bytes in
-    all, file). Errors about one model are raised; what does not fit between models is collected in ``blockers``."""
+    all, file), unless ``find`` says where models lie: for a plan that is looked at and not run. Errors about one model
+    are raised; what does not fit between models is collected in ``blockers``."""
     with _no_garbage_collection():
-        return _make_plan(recipe, shard_size, offline, progress)
+        return _make_plan(recipe, shard_size, find or partial(resolve, offline=offline, progress=progress))
 
 
-def _make_plan(
-    recipe: Recipe, shard_size: int, offline: bool, progress: Callable[[int, int, str], None] | None
-) -> Plan:
-    models, paths, warnings = open_models(recipe, offline, progress)
+def _make_plan(recipe: Recipe, shard_size: int, find: Find) -> Plan:
+    models, paths, warnings = _open_models(recipe, find)
     try:
         alignment = align_tensors(recipe, models)
         taking_part = {t.name for t in alignment.tensors if not t.keep and is_included(recipe, t)}
@@ -244,6 +247,10 @@ def open_models(
     recipe: Recipe, offline: bool = False, progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[dict[str, Checkpoint], dict[str, str], list[str]]:
     """All models of a recipe, opened, by ``Model.key``; what each reference was resolved to; and warnings."""
+    return _open_models(recipe, partial(resolve, offline=offline, progress=progress))
+
+
+def _open_models(recipe: Recipe, find: Find) -> tuple[dict[str, Checkpoint], dict[str, str], list[str]]:
     warnings: list[str] = []
     models: dict[str, Checkpoint] = {}
     paths: dict[str, str] = {}
@@ -251,14 +258,14 @@ def open_models(
     try:
         for model in recipe.model_list:
             if model.model not in plain:
-                found = resolve(model.model, offline=offline, progress=progress)
+                found = find(model.model)
                 plain[model.model] = open_checkpoint(found.path, model.model)
                 paths[model.model] = found.reference
                 warnings += found.warnings
             if model.adapter is None:
                 models[model.key] = plain[model.model]
                 continue
-            found = resolve(model.adapter, offline=offline, progress=progress)
+            found = find(model.adapter)
             models[model.key] = open_checkpoint(found.path, model.key, base=plain[model.model])
             if models[model.key].kind != "adapter":  # else its base would be ignored
                 raise InputError(
