@@ -123,7 +123,7 @@ def _merge(
         if stop.is_set():
             raise Cancelled()
         out = Path(wish.out).absolute() if wish.out is not None else folder / "model"
-        result = _finished_before(out, plan.resume_key(choose_device(wish.device)))
+        result = _finished_before(out, plan.resume_key(choose_device(wish.device)), tell)
         if result is None:
             result = _run(plan, out, wish, tell, stop)
         result = {"model": str(out), "method": recipe.method, "bytes": plan.bytes_written, **result}
@@ -167,7 +167,7 @@ def _run(plan: Any, out: Path, wish: MergeArguments, tell: Tell, stop: threading
     return _facts(merged.manifest) | {"seconds": round(merged.seconds, 3)} | facts
 
 
-def _finished_before(out: Path, key: str) -> dict[str, Any] | None:
+def _finished_before(out: Path, key: str, tell: Tell) -> dict[str, Any] | None:
     """What is known of a model that an earlier run of this very plan has written; None if there is none."""
     from .checkpoints.manifest import read_manifest
     from .checkpoints.verify import verify
@@ -180,6 +180,7 @@ def _finished_before(out: Path, key: str) -> dict[str, Any] | None:
         return None
     if manifest.get("plan_hash") != key:
         return None
+    tell(JobProgress(0, 0, "bytes", "checking what an earlier run wrote"))
     report = verify(out)
     report.raise_if_bad()
     return _facts(manifest) | {"seconds": 0.0, "resumed": report.tensors, "tensors": report.tensors}

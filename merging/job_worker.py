@@ -28,9 +28,8 @@ from .errors import AmalgamError, Cancelled, InputError, OutputError
 from .job_files import JobWriter, ending_of, error_facts, read_job
 from .job_queue import wait_for_turn
 from .job_state import RESUME
-from .workers import die_with
 
-PATIENCE = 1.5
+PATIENCE = 1.3
 """Seconds that the work has to stop by itself."""
 LOOK = 0.05
 
@@ -77,6 +76,8 @@ def _look_after(folder: Path) -> None:
         return
     if child == 0:
         try:
+            from .workers import die_with
+
             os.setpgid(0, 0)
             die_with(parent)
             _be_the_first_to_go()
@@ -150,8 +151,6 @@ def _be_the_first_to_go() -> None:
 
 def work(folder: str | Path) -> None:
     """Do the job, in this process, and write down how it ended. Whoever calls it holds the job's lock."""
-    from .job_kinds import KINDS
-
     folder, stop, over = Path(folder), threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -164,6 +163,8 @@ def work(folder: str | Path) -> None:
         try:
             writer.event({"event": "started", "pid": os.getpid()})
             job = read_job(folder)
+            from .job_kinds import KINDS  # takes a while: what the work needs
+
             result = KINDS[job.kind].run(job.arguments, folder, writer.tell, writer.event, stop)
             ending = {"event": "finished", "result": result}
         except BaseException as error:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from merging import job_worker
 from merging.errors import Cancelled, RecipeError
 from merging.job_files import JobProgress
-from merging.job_kinds import KINDS, Event, Kind, Tell
+from merging.job_kind import Event, Kind
+from merging.job_kinds import KINDS
+from merging.job_pace import Tell
 from merging.jobs import Jobs, JobState
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ def fill(arguments: dict[str, Any], folder: Path, tell: Tell, event: Event, stop
                 file.write(bytes(4096))
             except OSError:
                 break
+    if arguments.get("signal"):
+        os.kill(os.getpid(), arguments["signal"])
     while True:
         event({"event": "more", "text": "x" * 1000})
 

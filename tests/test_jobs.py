@@ -157,6 +157,14 @@ def test_one_that_does_not_listen_is_ended_with_all_it_started(jobs: Jobs) -> No
     wait_until(lambda: not any(map(exists, processes)), 2)
 
 
+def test_stop_at_once(jobs: Jobs) -> None:
+    """Before the worker has looked around."""
+    job = jobs.start("count", {"to": 1000})
+    jobs.stop(job)
+    state = ended(jobs, job)
+    assert state.status == "cancelled" and state.error is not None and state.error["code"] == "E_CANCELLED"
+
+
 def test_stop_while_it_waits(jobs: Jobs) -> None:
     first = jobs.start("count", {"to": 1000})
     running(jobs, first)
@@ -337,6 +345,9 @@ def test_a_full_disk_is_a_typed_failure(small_disk: Path, monkeypatch: pytest.Mo
     assert jobs.events(job)[0][-1]["event"] == "failed"  # its own last word, no guess
     refused("E_NO_SPACE", jobs.start, "count", {"to": 1})
     assert [state.id for state in jobs.states()] == [job]
+    (jobs.path / "filler").unlink()
+    state = ended(jobs, jobs.start("fill", {"signal": signal.SIGKILL}))
+    assert state.error is not None and "signal 9" in state.error["what"]
     (jobs.path / "filler").unlink()
     assert ended(jobs, jobs.start("count", {"to": 1})).status == "finished"
 
