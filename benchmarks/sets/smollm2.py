@@ -280,6 +280,7 @@ Made by `{command}` from installable packages; nothing of it is shipped. {parame
 - `tasks/<task>.jsonl`: the report split: choose nothing on it. `tasks/<task>.validation.jsonl`: to choose settings.
 - `calibration/<task>.jsonl`: prompts without answers. `training/`: what was trained on, in its order.
 
+Prompts are written out with the model's chat template, but without the system message that it adds by default.
 No prompt is in two splits. Prompts of `math` and `pyeval` come from templates: the held-out ones are new, not so their
 kind.
 
