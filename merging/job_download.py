@@ -36,7 +36,8 @@ def _download(
     """Event ``downloaded`` {model, reference, path} after each model. Result: {models: [the same], warnings}."""
     from .checkpoints.hub import resolve
 
-    done, warnings = [], []
+    done: list[dict[str, str]] = []
+    warnings: list[str] = []
     for model in parsed(DownloadArguments, arguments).models:
         if stop.is_set():
             raise Cancelled()

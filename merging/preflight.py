@@ -110,6 +110,8 @@ def _unopened(who: str, part: Expert, error: AmalgamError, find: Find) -> Check:
     fixes: list[Fix] = []
     if error.code == "E_HUB_OFFLINE":
         fixes = [Fix(f"Download {name}", "download", name) for name in _absent(part, find)]
+    if error.code == "E_ADAPTER" and part.adapter is None and who != BASE:
+        fixes = [Fix("Use it as an adapter of the base", "adapter", who)]
     if who != BASE:
         fixes += take_out(who)
     about = "The base" if who == BASE else who

@@ -15,7 +15,7 @@ Change = tuple[tuple[str | int, ...], Any]
 @dataclass(frozen=True, slots=True)
 class Fix:
     """``action``: "set" (with ``changes``), or "base" (take ``model`` as the base), "remove" or "rest" (the expert
-    ``model`` sits out), "download" (``model`` is a reference to the Hub)."""
+    ``model`` sits out), "adapter" (the expert's model is an adapter of the base), "download" (``model`` is a reference to the Hub)."""
 
     label: str
     action: str
