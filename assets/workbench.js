@@ -40,6 +40,14 @@
   watcher.observe(document.body, { subtree: true, childList: true, attributes: true, attributeFilter: ['aria-selected'] });
   addEventListener('hashchange', () => tabs().find(t => name(t) === location.hash.slice(1))?.click());
 
+  // -- the recipe as text, beside the pages -----------------------------------------------------------------
+  window.amalgamText = (open = !document.body.classList.contains('text-open')) => {
+    document.body.classList.toggle('text-open', open);
+    button('as-text')?.setAttribute('aria-expanded', String(open));
+    if (open) one('#yaml .cm-content')?.focus();
+    dispatchEvent(new Event('resize')); // charts fit themselves to the room that is left
+  };
+
   // -- keys ------------------------------------------------------------------------------------------------
   const typing = node => !!node && (node.matches('input:not([type=checkbox]):not([type=radio]):not([type=range]), textarea, select, [contenteditable="true"]') || !!node.closest('.cm-editor'));
   function run() {

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merging.jobs import Jobs
+
 from .draft import Draft
+from .executors import Executor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,10 +22,10 @@ class App:
 
     data: Path
     """Folder of what the user keeps: runs, settings, results of analyses that were asked to stay."""
-    jobs: Any
-    """merging.jobs.Jobs: all jobs, as they are on the disk."""
-    executor: Any
-    """ui.executors.Executor: starts and stops them."""
+    jobs: Jobs
+    """All jobs, as they are on the disk."""
+    executor: Executor
+    """Starts and stops them."""
     offline: bool = False
     on_space: bool = False
     """Strangers use this: no local paths, and nobody sees or changes the settings of others."""

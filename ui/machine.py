@@ -77,3 +77,12 @@ def _graphics(_ten_seconds: int) -> tuple[str, int, int] | None:
 
 def _is_apple() -> bool:
     return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
+def devices() -> list[tuple[str, str]]:
+    """What can be chosen to compute on: (words, value), as ``merging.engine`` takes it."""
+    found = [("Choose for me", "auto"), ("CPU", "cpu")]
+    card = _graphics(int(time.monotonic() // 10))
+    if card:
+        found.append((card[0], "cuda"))
+    return [*found, ("Apple GPU", "mps")] if _is_apple() else found

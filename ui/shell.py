@@ -9,11 +9,7 @@ the finger. What the browser keeps (``BrowserState``) is a mirror of the draft: 
 from __future__ import annotations
 
 import functools
-import inspect
-import logging
-import secrets
 import time
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +17,22 @@ from typing import Any
 import gradio as gr
 
 from merging.errors import AmalgamError, RecipeError
+from merging.jobs import JobState
 
 from . import history as undo_stack
 from .components import cards
+from .components.text_panel import TextPanel
 from .context import App
-from .draft import Draft, checked, empty, from_link, from_yaml, link_of, yaml_of
+from .draft import Draft, checked, empty, from_link, link_of
+from .events import HIDDEN, as_tuple, explained, listed, wire, with_event_data
 from .machine import machine
 
-log = logging.getLogger("amalgam.ui")
-HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-ACTIVE = ("waiting", "running")
 # The browser's copy is no secret: the key only keeps its format from being mistaken for another program's.
 KEY, SECRET = "amalgam-draft-1", "amalgam-keeps-this"
 COPY_LINK = """(query) => { const url = new URL(location.href.split(/[?#]/)[0]); url.searchParams.set('r', query);
   if (navigator.clipboard) navigator.clipboard.writeText(url.href).catch(() => {}); return url.href; }"""
+
+SHOW_TEXT = "() => { window.amalgamText(); }"
 
 
 @dataclass
@@ -58,6 +56,7 @@ class Shell:
         self.timer = gr.Timer(1, active=False)
         self.message: gr.HTML
         self.tabs: gr.Tabs
+        self.pages: dict[str, gr.Tab] = {}
         self._on_draft: list[Listener] = []
         self._on_job: list[Listener] = []
         self._on_progress: list[Listener] = []
@@ -70,7 +69,7 @@ class Shell:
         ``fn(draft, *values)`` gives the new draft, or with ``outputs`` a tuple: the draft and their values. The old
         draft goes on the undo stack; an AmalgamError becomes a message and the controls show the draft again.
         """
-        inputs, outputs = _listed(inputs), _listed(outputs)
+        inputs, outputs = listed(inputs), listed(outputs)
         by = [event.__self__._id] if getattr(event, "__self__", None) is not None else []
 
         def change(draft: Draft, past: Any, revision: Any, *values: Any) -> Any:
@@ -83,7 +82,7 @@ class Shell:
 
         return self._wire(
             event,
-            _with_event_data(change, fn, 3),
+            with_event_data(change, fn, 3),
             [self.draft, self.history, self.revision, *inputs],
             [self.draft, self.history, self.revision, *outputs],
             on_error=lambda values: {2: _next(values[2], [])},
@@ -93,7 +92,7 @@ class Shell:
     def act(self, event: Any, fn: Callable[..., Any], inputs: Any = (), outputs: Any = (), **how: Any) -> Any:
         """On this event call ``fn(*values)``, which gives the outputs' values (a generator: again and again). An
         AmalgamError becomes a message. ``self.message`` may be among the outputs."""
-        return self._wire(event, fn, _listed(inputs), _listed(outputs), **how)
+        return self._wire(event, fn, listed(inputs), listed(outputs), **how)
 
     def start_on(self, event: Any, fn: Callable[..., Any], inputs: Any = (), **how: Any) -> Any:
         """On this event start a job: ``fn(draft, *values)`` gives (kind, arguments, title)."""
@@ -101,8 +100,8 @@ class Shell:
         def begin(draft: Draft, *values: Any) -> Any:
             return self.start(*fn(draft, *values))
 
-        wired = _with_event_data(begin, fn, 1)
-        return self._wire(event, wired, [self.draft, *_listed(inputs)], [self.job], **{"trigger_mode": "once", **how})
+        wired = with_event_data(begin, fn, 1)
+        return self._wire(event, wired, [self.draft, *listed(inputs)], [self.job], **{"trigger_mode": "once", **how})
 
     def start(self, kind: str, arguments: dict[str, Any], title: str = "") -> str:
         """Start a job and give its id: the value for ``shell.job``, with which the sidebar shows it."""
@@ -112,23 +111,27 @@ class Shell:
         """``fn(draft, *values of inputs)`` gives the outputs' values, after every change and when the page loads. It
         must be quick: all of them are waited for."""
         taken = {o._id for listener in self._on_draft for o in listener.outputs}
-        twice = [o for o in _listed(outputs) if o._id in taken]
+        twice = [o for o in listed(outputs) if o._id in taken]
         assert not twice, f"two on_draft functions for {twice}"
-        self._on_draft.append(Listener(fn, _listed(outputs), _listed(inputs)))
+        self._on_draft.append(Listener(fn, listed(outputs), listed(inputs)))
 
     def on_job(self, fn: Callable[..., Any], outputs: Any, inputs: Any = (), progress: bool = False) -> None:
         """``fn(JobState or None, *values)`` when the job in the sidebar or its status changes, and when the page loads;
         with ``progress`` also every second that it has moved."""
-        (self._on_progress if progress else self._on_job).append(Listener(fn, _listed(outputs), _listed(inputs)))
+        (self._on_progress if progress else self._on_job).append(Listener(fn, listed(outputs), listed(inputs)))
+
+    def page(self, name: str) -> gr.Tab:
+        """The tab of a page: ``shell.page("runs").select`` is the event of its being opened."""
+        return self.pages[name]
 
     def goto(self, tab_id: str) -> Any:
         """The value for ``shell.tabs`` that opens a page."""
         return gr.Tabs(selected=tab_id)
 
-    def job_state(self, job_id: str) -> Any:
-        """merging.jobs.JobState, or None."""
+    def job_state(self, job_id: str) -> JobState | None:
+        """The state of a job; None if there is no such job any more."""
         try:
-            return self.app.jobs.state(job_id) if job_id and self.app.jobs is not None else None
+            return self.app.jobs.state(job_id) if job_id else None
         except AmalgamError:
             return None
 
@@ -136,32 +139,31 @@ class Shell:
 
     def sidebar(self) -> None:
         """What is always in sight: recipe, undo, job, machine."""
-        self.recipe_card = gr.HTML(elem_id="recipe-card", padding=False)
-        with gr.Row(elem_classes="tight"):
-            self.undo = gr.Button("Undo", size="sm", elem_id="undo", interactive=False, min_width=60)
-            self.redo = gr.Button("Redo", size="sm", elem_id="redo", interactive=False, min_width=60)
-            self.share = gr.Button("Copy link", size="sm", elem_id="share", min_width=80)
-        self.link = gr.Textbox(label="Link to this recipe", visible=False, interactive=False, elem_id="link")
-        self.job_card = gr.HTML(elem_id="job-card", padding=False)
-        with gr.Row(elem_classes="tight"):
-            self.stop = gr.Button("Stop", size="sm", variant="stop", visible=False, elem_id="stop", min_width=60)
-            self.resume = gr.Button("Resume", size="sm", visible=False, elem_id="resume", min_width=60)
-        self.machine_card = gr.HTML(elem_id="machine-card", padding=False)
+        with gr.Column(elem_classes="side-group", min_width=0):
+            self.recipe_card = gr.HTML(elem_id="recipe-card", padding=False)
+            with gr.Row(elem_classes="tight"):
+                self.undo = gr.Button("Undo", size="sm", elem_id="undo", interactive=False, min_width=50)
+                self.redo = gr.Button("Redo", size="sm", elem_id="redo", interactive=False, min_width=50)
+                self.share = gr.Button("Copy link", size="sm", elem_id="share", min_width=70)
+                as_text = gr.Button("As text", size="sm", elem_id="as-text", min_width=60)
+            as_text.click(None, js=SHOW_TEXT, api_visibility="private")
+            self.link = gr.Textbox(
+                label="Link to this recipe", visible=False, interactive=False, elem_id="link", lines=1, max_lines=1
+            )
+        with gr.Column(elem_classes="side-group", min_width=0):
+            self.job_card = gr.HTML(elem_id="job-card", padding=False)
+            with gr.Row(elem_classes="tight"):
+                self.stop = gr.Button("Stop", size="sm", variant="stop", visible=False, elem_id="stop", min_width=60)
+                self.resume = gr.Button("Resume", size="sm", visible=False, elem_id="resume", min_width=60)
+            self.machine_card = gr.HTML(elem_id="machine-card", padding=False)
 
     def yaml_panel(self) -> None:
         """The recipe as text, to read and to write."""
-        gr.Markdown("### Recipe as text")
-        self.yaml = gr.Code(language="yaml", label="Recipe (YAML)", interactive=True, elem_id="yaml", lines=18)
-        self.yaml_state = gr.HTML(elem_id="yaml-state", padding=False)
-        with gr.Row(elem_classes="tight"):
-            self.apply_yaml = gr.Button("Apply", size="sm", variant="primary", elem_id="yaml-apply", min_width=60)
-            self.reset_yaml = gr.Button("Discard my text", size="sm", elem_id="yaml-reset", min_width=60)
-        self.typed = gr.State("")
-        """What was typed and not applied yet."""
+        self.text_panel = TextPanel()
 
     def connect(self, demo: gr.Blocks) -> None:
         """Wire what the pages have asked for. The last thing that is built."""
-        self._connect_yaml()
+        self.text_panel.connect(self)
         self.on_draft(cards.recipe_card, self.recipe_card)
         self._connect_undo()
         self._connect_draft(demo)
@@ -180,35 +182,6 @@ class Shell:
             )
         shared = self._wire(self.share.click, _link, [self.draft], [self.link])
         shared.then(None, [self.link], [self.link], js=COPY_LINK, **HIDDEN)
-
-    def _connect_yaml(self) -> None:
-        def shown(draft: Draft, typed: str) -> Any:
-            if typed and typed.strip() != yaml_of(draft).strip():
-                note = "The recipe was changed elsewhere. Your text is kept: apply it, or discard it."
-                return gr.skip(), cards.message("note", note)
-            return yaml_of(draft), ""
-
-        def check(text: str, draft: Draft) -> Any:
-            if text.strip() == yaml_of(draft).strip():
-                return "", ""
-            try:
-                from_yaml(text, draft)
-            except RecipeError as error:
-                return text, cards.error_message(error)
-            return text, cards.message("note", "This text is a valid recipe. Apply it to use it.")
-
-        def apply(draft: Draft, text: str) -> Any:
-            return from_yaml(text, draft), "", cards.message("ok", "The recipe is as in this text.")
-
-        def reset(draft: Draft) -> Any:
-            return yaml_of(draft), "", ""
-
-        self.on_draft(shown, [self.yaml, self.yaml_state], [self.typed])
-        self._wire(
-            self.yaml.input, check, [self.yaml, self.draft], [self.typed, self.yaml_state], trigger_mode="always_last"
-        )
-        self.edit(self.apply_yaml.click, apply, [self.yaml], [self.typed, self.yaml_state])
-        self._wire(self.reset_yaml.click, reset, [self.draft], [self.yaml, self.typed, self.yaml_state])
 
     def _connect_draft(self, demo: gr.Blocks) -> None:
         outputs = [output for listener in self._on_draft for output in listener.outputs]
@@ -257,8 +230,9 @@ class Shell:
             draft = wanted
         place = {**place, "start": self.app.start_id}
         job = str(place.get("job") or "")
-        if self.job_state(job) is None or not self._is_active(job):
-            job = self._newest_active() or (job if self.job_state(job) is not None else "")
+        state = self.job_state(job)
+        if state is None or not state.alive:
+            job = self._newest_alive() or (job if state is not None else "")
         return draft, past, _next(revision, []), job, place, problem
 
     # -- jobs -------------------------------------------------------------------------------------------
@@ -294,8 +268,7 @@ class Shell:
     def _look(self, job_id: str) -> Any:
         """The job as it is on the disk now."""
         state = self.job_state(job_id)
-        going = state is not None and state.status in ACTIVE
-        again = state is not None and state.status in ("failed", "cancelled")
+        going, again = state is not None and state.alive, state is not None and state.resumable
         status = f"{state.id} {state.status}" if state else "none"
         moved = f"{status} {state.progress}" if state else "none"
         buttons = gr.Button(visible=going), gr.Button(visible=again)
@@ -309,17 +282,16 @@ class Shell:
         self.app.executor.resume(job_id)
         return gr.Timer(active=True)
 
-    def _is_active(self, job_id: str) -> bool:
-        state = self.job_state(job_id)
-        return state is not None and state.status in ACTIVE
-
-    def _newest_active(self) -> str:
+    def _newest_alive(self) -> str:
         """The job that another tab or an earlier start has begun. Not on a Space, where it may be a stranger's."""
-        if self.app.jobs is None or self.app.on_space:
+        if self.app.on_space:
             return ""
-        return next((state.id for state in self.app.jobs.states() if state.status in ACTIVE), "")
+        return next((state.id for state in self.app.jobs.states() if state.alive), "")
 
     # -- calling ----------------------------------------------------------------------------------------
+
+    def _wire(self, event: Any, fn: Callable[..., Any], inputs: Any, outputs: Any, **how: Any) -> Any:
+        return wire(self.message, event, fn, inputs, outputs, **how)
 
     def _ask(
         self, listeners: list[Listener], subject: Any, values: Sequence[Any], held: set[int]
@@ -331,61 +303,11 @@ class Shell:
             mine = values[place : place + len(listener.inputs)]
             place += len(listener.inputs)
             try:
-                answer = _as_tuple(listener.fn(subject, *mine), len(listener.outputs))
+                answer = as_tuple(listener.fn(subject, *mine), len(listener.outputs))
             except Exception as error:  # one page's mistake must not blind the others
                 answer, problem = (gr.skip(),) * len(listener.outputs), problem or explained(error)
             results += [gr.skip() if o._id in held else a for o, a in zip(listener.outputs, answer, strict=True)]
         return results, problem
-
-    def _wire(
-        self,
-        event: Any,
-        fn: Callable[..., Any],
-        inputs: list[Any],
-        outputs: list[Any],
-        on_error: Callable[[Sequence[Any]], dict[int, Any]] | None = None,
-        **how: Any,
-    ) -> Any:
-        """An event whose errors become messages. If the message panel is no output yet, it is cleared on success."""
-        own = next((i for i, o in enumerate(outputs) if o is self.message), None)
-        every = outputs if own is not None else [*outputs, self.message]
-
-        def failed(error: Exception, values: Sequence[Any]) -> Any:
-            answer = [gr.skip()] * len(every)
-            for place, value in (on_error(values) if on_error else {}).items():
-                answer[place] = value
-            answer[len(outputs) if own is None else own] = explained(error)
-            return _alone(answer)
-
-        def fine(result: Any) -> Any:
-            answer = _as_tuple(result, len(outputs))
-            return _alone([*answer, ""] if own is None else list(answer))
-
-        def call(*values: Any) -> Any:
-            try:
-                return fine(fn(*values))
-            except Exception as error:
-                return failed(error, values)
-
-        def stream(*values: Any) -> Any:
-            try:
-                for result in fn(*values):
-                    yield fine(result)
-            except Exception as error:
-                yield failed(error, values)
-
-        handler = stream if inspect.isgeneratorfunction(fn) else call
-        return event(_with_event_data(handler, fn, None), inputs, every, **{**HIDDEN, **how})
-
-
-def explained(error: Exception) -> str:
-    """The message for any error. One of ours that nobody foresaw goes to the log, with an id to find it by."""
-    if isinstance(error, AmalgamError):
-        return cards.error_message(error)
-    number = secrets.token_hex(4)
-    log.error("error %s", number, exc_info=error)
-    what = f"This did not work, because of a bug (report {number})."
-    return cards.message("problem", what, "", "The details are in the terminal that Amalgam was started from.")
 
 
 def _turn(turn: Callable[..., Any], draft: Draft, past: Any, revision: Any) -> Any:
@@ -405,52 +327,3 @@ def _remember_job(job_id: str, place: Any) -> Any:
 
 def _next(revision: Any, by: list[int]) -> Any:
     return {"n": revision["n"] + 1, "by": by}
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple | set) else [value]
-
-
-def _as_tuple(result: Any, count: int) -> tuple[Any, ...]:
-    if count == 1 and not (isinstance(result, tuple) and len(result) == 1):
-        return (result,)
-    if result is None and count == 0:
-        return ()
-    assert isinstance(result, list | tuple) and len(result) == count, f"{count} values expected, not {result!r}"
-    return tuple(result)
-
-
-def _alone(answer: list[Any]) -> Any:
-    return answer[0] if len(answer) == 1 else tuple(answer)
-
-
-def _with_event_data(handler: Callable[..., Any], fn: Callable[..., Any], at: int | None) -> Callable[..., Any]:
-    """``handler(*values)`` with the parameter in which Gradio puts the event's data or the request, if ``fn`` has one.
-
-    Gradio finds it by its annotation and puts it at its place, so the handler must show it at the same one: ``at``
-    values are the shell's, then come those of ``fn`` without its draft; None: the same as ``fn``."""
-    inner = fn.func if isinstance(fn, functools.partial) else fn
-    try:
-        hints = typing.get_type_hints(inner)
-    except (NameError, TypeError):
-        hints = {}
-    names = [p.name for p in inspect.signature(fn).parameters.values()]
-    special = [n for n in names if inspect.isclass(hints.get(n)) and issubclass(hints[n], gr.EventData | gr.Request)]
-    if not special:
-        return handler
-    shift = 0 if at is None else at - 1
-    order = [f"_{i}" for i in range(shift)] + names
-    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-    if inspect.isgeneratorfunction(handler):
-
-        def wrapped(*values: Any) -> Any:
-            yield from handler(*values)
-    else:
-
-        def wrapped(*values: Any) -> Any:
-            return handler(*values)
-
-    wrapped.__signature__ = inspect.Signature([inspect.Parameter(n, kinds) for n in order])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {n: hints[n] for n in special}
-    return wrapped

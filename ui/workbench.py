@@ -10,6 +10,7 @@ import json
 import gradio as gr
 
 from .context import ROOT, App
+from .keys import KEYS
 from .shell import Shell
 
 PAGES = (
@@ -21,16 +22,6 @@ PAGES = (
     ("settings", "Settings"),
 )
 """(id of the tab and name of the module in ui/pages, title), in the order in which a merge is made."""
-
-KEYS = (
-    ("1 … 6", "Open a page"),
-    ("Ctrl+Enter", "Do the main thing of the page; in the recipe's text: apply it"),
-    ("Ctrl+Z", "Undo the last change of the recipe"),
-    ("Ctrl+Shift+Z", "Redo it"),
-    ("Arrow keys", "Move in a chart; Enter chooses"),
-    ("Esc", "Stop the job that is running, after a question"),
-    ("?", "This list"),
-)
 
 
 def theme() -> gr.themes.Base:
@@ -49,13 +40,36 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_600",
         button_primary_text_color="white",
-        block_title_text_color="*primary_700",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_600",
+        button_border_width="1px",
+        block_title_background_fill="none",
+        block_title_background_fill_dark="none",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        block_title_text_weight="500",
+        block_title_padding="0",
         block_label_text_color="*primary_700",
+        checkbox_label_background_fill_selected="*primary_700",
+        checkbox_background_color_selected="*primary_700",
+        checkbox_border_width="1px",
+        checkbox_border_color="*neutral_400",
+        checkbox_border_color_dark="*neutral_500",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_700",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
+        shadow_drop="none",
+        shadow_drop_lg="none",
     )
 
 
 def css() -> str:
-    return (ROOT / "assets" / "workbench.css").read_text("utf-8")
+    """The common style first, then that of single pages."""
+    common, pages = ROOT / "assets" / "workbench.css", sorted((ROOT / "assets" / "pages").glob("*.css"))
+    return "\n".join(path.read_text("utf-8") for path in (common, *pages))
 
 
 def head() -> str:
@@ -68,20 +82,26 @@ def head() -> str:
 def build(app: App) -> gr.Blocks:
     with gr.Blocks(title="Amalgam", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         shell = Shell(app)
-        with gr.Sidebar(width=310, elem_id="side"):
-            gr.HTML(_brand(app), padding=False)
-            shell.sidebar()
-        with gr.Sidebar(position="right", open=False, width=460, elem_id="text-side"):
-            shell.yaml_panel()
-        shell.message = gr.HTML(elem_id="message", padding=False)
-        with gr.Tabs(elem_id="pages") as shell.tabs:
-            for name, title in PAGES:
-                if importlib.util.find_spec(f"ui.pages.{name}") is not None:
-                    page = importlib.import_module(f"ui.pages.{name}")
-                    with gr.Tab(title, id=name, elem_id=f"page-{name}"):
-                        page.build(app, shell)
+        with gr.Row(elem_id="frame", equal_height=False):
+            with gr.Column(elem_id="side", min_width=0):
+                gr.HTML(_brand(app), padding=False, elem_id="brand")
+                shell.sidebar()
+            with gr.Column(elem_id="center", min_width=0):
+                shell.message = gr.HTML(elem_id="message", padding=False)
+                with gr.Tabs(elem_id="pages") as shell.tabs:
+                    _build_pages(app, shell)
+            with gr.Column(elem_id="text-panel", min_width=0):
+                shell.yaml_panel()
         shell.connect(demo)
     return demo
+
+
+def _build_pages(app: App, shell: Shell) -> None:
+    for name, title in PAGES:
+        if importlib.util.find_spec(f"ui.pages.{name}") is not None:
+            page = importlib.import_module(f"ui.pages.{name}")
+            with gr.Tab(title, id=name, elem_id=f"page-{name}") as shell.pages[name]:
+                page.build(app, shell)
 
 
 def _brand(app: App) -> str:
