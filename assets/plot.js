@@ -1,8 +1,9 @@
 // Runs once per chart (ui/components/plot.py): draws props.value with plotly.js, tells Python what was clicked,
-// and lets the keyboard do what the mouse can. In scope: element, props, trigger, watch.
+// and lets the keyboard do what the mouse can. In scope: element, props, trigger, watch,
+// and TEMPLATES, the looks in light and dark.
 const plot = element.querySelector('.plot-area'), spoken = element.querySelector('.plot-spoken');
 const isDark = () => document.body.classList.contains('dark');
-const template = () => JSON.parse(isDark() ? props.dark : props.light);
+const template = () => TEMPLATES[isDark() ? 'dark' : 'light'];
 const clear = { paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)' };
 const CONFIG = {
   responsive: true, displaylogo: false, plotlyServerURL: '', showSendToCloud: false, showLink: false,
@@ -57,7 +58,7 @@ function mark() {
   } else {
     Object.assign(shape, { type: 'circle', xsizemode: 'pixel', ysizemode: 'pixel', xanchor: p.x, yanchor: p.y, x0: -8, x1: 8, y0: -8, y1: 8 });
   }
-  Plotly.relayout(plot, { shapes: [...own, shape] });
+  Plotly.relayout(plot, { shapes: [...own.filter(one => one.name !== 'selected'), shape] }); // the cursor takes over
 }
 let own = [];
 function move(step) {

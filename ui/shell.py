@@ -239,7 +239,8 @@ class Shell:
 
     def _connect_job(self, demo: gr.Blocks) -> None:
         shown = [self.job_card, self.stop, self.resume, self.timer, self.job_status, self.job_progress]
-        quick: dict[str, Any] = {"queue": False, **HIDDEN}
+        # Through the queue, whose answers name the states that changed: without it, no listener would hear of them.
+        quick: dict[str, Any] = {"concurrency_limit": None, **HIDDEN}
         gr.on([self.timer.tick, self.job.change], self._look, [self.job], shown, trigger_mode="always_last", **quick)
         demo.load(self._look, [self.job], shown, **quick)
         self.job.change(_remember_job, [self.job, self.saved_place], [self.saved_place], **quick)

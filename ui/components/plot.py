@@ -49,10 +49,8 @@ with no_stub_file():
                 value=value,
                 label=label,
                 html_template=HTML,
-                js_on_load=(ROOT / "assets" / "plot.js").read_text("utf-8"),
+                js_on_load=_script(),
                 head=f'<script src="{SCRIPT}"></script>',
-                light=_template("light"),
-                dark=_template("dark"),
                 apply_default_css=False,
                 padding=False,
                 elem_classes=["plot", *([classes] if isinstance(classes, str) else classes)],
@@ -83,6 +81,9 @@ def figure_json(figure: go.Figure) -> str:
     return to_json_plotly(data)
 
 
-@lru_cache(maxsize=2)
-def _template(theme: str) -> str:
-    return json.dumps((LIGHT if theme == "light" else DARK).to_plotly_json(), default=lambda o: o.to_plotly_json())
+@lru_cache(maxsize=1)
+def _script() -> str:
+    """With the templates in it: properties of our own do not reach a component that is shown later than it is updated."""
+    looks = {"light": LIGHT.to_plotly_json(), "dark": DARK.to_plotly_json()}
+    texts = json.dumps(looks, default=lambda part: part.to_plotly_json())
+    return f"const TEMPLATES = {texts};\n" + (ROOT / "assets" / "plot.js").read_text("utf-8")
