@@ -99,8 +99,9 @@ def _typed(error: Exception) -> AmalgamError:
     if isinstance(error, AmalgamError):
         return error
     first = str(error).strip().split("\n")[0][:300]
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    why = f"{type(error).__name__}: {first} ({Path(last.filename).name}, line {last.lineno})."
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames]
+    why = f"{type(error).__name__}: {first}{where[-1] if where else ''}."
     if isinstance(error, MemoryError) or "out of memory" in first:
         return OutputError("E_MEMORY", "There was not enough memory for the preview.", why, "Close other programs.")
     fix = "Check that the merged model works with transformers: merge it into a folder, and evaluate that."

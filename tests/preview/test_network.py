@@ -97,24 +97,24 @@ def answers(folder: Path, prompts: list[str], tokens: int) -> list[str]:
 
 
 def test_scores_and_texts_are_those_of_the_written_merge(tmp_path: Path, make_worker: Callable[[], Worker]) -> None:
-    worker, tasks = make_worker(), read_tasks(DEMO / "tasks")
-    networks: list[Any] = []
+    worker, files = make_worker(), [str(DEMO / "tasks" / f"{name}.jsonl") for name in ("sort", "rotate")]
+    tasks, networks = [task for file in files for task in read_tasks(file)], []
     for data in (
         demo("ties", {"weight": 1.0, "density": 0.3}),
         demo("ties", {"weight": 1.0, "density": 0.3}, parameters={"lambda": 0.7}),
         demo("task_arithmetic", {"weight": 0.4}),
         demo("task_arithmetic", {"weight": 0.4}, dtype="bfloat16"),
-        demo("linear", {"weight": 0.25}, include={"norms": False}),
     ):
         worker.merge(data)
         folder = written(data, tmp_path)
         rows = expected_rows(folder, tasks, LIMIT, in_child=len(networks) == 1)
-        assert worker.score([str(DEMO / "tasks")], LIMIT) == rows
+        assert worker.score(files, LIMIT) == rows
         loaded = load_model(folder)
-        for task in tasks[:2]:
+        for task in tasks:
             direct = score_batch(loaded, make_scorer(loaded, task, Settings()), task, task.items[:LIMIT])
             assert without_time(worker.network.records(task, LIMIT)) == without_time(direct)
-        assert worker.generate(PROMPTS, 10) == answers(folder, PROMPTS, 10)
+        if len(networks) > 1:
+            assert worker.generate(PROMPTS, 10) == answers(folder, PROMPTS, 10)
         networks.append(worker.network.model.network)
     # The first three have the same form, so the numbers were written into one network; another type is another form.
     assert networks[0] is networks[1] is networks[2] is not networks[3]
