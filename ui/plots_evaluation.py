@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .plot_style import GREY, bar_look, finish, label, marker
+from .plot_style import GREY, bar_look, finish, label, marker, style
 
 FEW_ITEMS = 100
 """Below this a task is marked: its interval is wider than most differences between methods."""
@@ -193,3 +193,23 @@ def front(candidates: Sequence[Candidate]) -> set[int]:
             for other in candidates
         )
     }  # fmt: skip
+
+
+RADAR_TASKS = (3, 8)
+"""With fewer axes there is no shape, with more it cannot be read."""
+
+
+def radar(
+    tasks: Sequence[str], values: Sequence[tuple[str, Sequence[float | None]]], *, dark: bool = False
+) -> go.Figure:
+    """Scores from 0 to 1 on an axis per task; an overview of shapes, without intervals. Areas mean nothing: they depend
+    on the order of the tasks."""
+    figure = go.Figure()
+    names = [label(task, 20) for task in tasks]
+    for number, (model, scored) in enumerate(values):
+        figure.add_scatterpolar(
+            r=[*scored, scored[0]], theta=[*names, names[0]], name=label(model), mode="lines+markers",
+            line=style(number), marker=marker(number),
+            hovertemplate="%{fullData.name}<br>%{theta}: %{r:.1%}<extra></extra>")  # fmt: skip
+    figure.update_polars(radialaxis={"range": [0, 1], "tickformat": ".0%"}, bgcolor="rgba(0,0,0,0)")
+    return finish(figure, 460, dark=dark)
