@@ -69,14 +69,11 @@ def make_app(options: argparse.Namespace) -> Any:
     offline = bool(options.workbench_offline or settings.get("offline"))
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        from merging.jobs import Jobs
+    from merging.jobs import Jobs
 
-        from .executors import choose_executor
+    from .executors import choose_executor
 
-        jobs = Jobs(data / "runs")
-    except ImportError:  # TEMPORARY
-        jobs, choose_executor = None, lambda jobs: None
+    jobs = Jobs(data / "runs")
     return App(
         data=data,
         jobs=jobs,
@@ -98,9 +95,8 @@ def start_recipe(options: argparse.Namespace) -> Any:
     if options.workbench_recipe:
         from merging.recipe_yaml import load_recipe
 
-        return draft.with_absolute_paths(
-            draft.from_recipe(load_recipe(Path(options.workbench_recipe)).recipe), Path.cwd()
-        )
+        loaded = load_recipe(Path(options.workbench_recipe))
+        return draft.with_absolute_paths(draft.from_recipe(loaded.recipe), Path.cwd())
     return draft.demo() if options.workbench_demo else None
 
 
@@ -112,9 +108,10 @@ def start(demo: Any, app: Any, host: str, port: int, scratch: Path) -> None:
     from starlette.middleware import Middleware
     from starlette.routing import Route
 
+    from . import downloads
     from .components import plot
     from .guard import Guard, allowed_hosts, script_route
-    from .workbench import css, head, theme
+    from .workbench import head, theme
 
     demo.queue(max_size=64, default_concurrency_limit=4, api_open=False)
     blocked = [app.data, cache_folder("x").parent.absolute(), Path.home()]
@@ -123,13 +120,15 @@ def start(demo: Any, app: Any, host: str, port: int, scratch: Path) -> None:
         server_port=port,
         app_kwargs={
             "middleware": [Middleware(Guard, hosts=allowed_hosts(host))],
-            "routes": [Route(plot.SCRIPT, script_route(plot.SCRIPT_FILE))],
+            "routes": [
+                Route(plot.SCRIPT, script_route(plot.SCRIPT_FILE)),
+                Route(downloads.ROUTE, downloads.download_route(app.data)),
+            ],
             "docs_url": None,
             "redoc_url": None,
             "openapi_url": None,
         },
         theme=theme(),
-        css=css(),
         head=head(),
         prevent_thread_lock=True,
         quiet=True,

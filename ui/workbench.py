@@ -66,17 +66,18 @@ def theme() -> gr.themes.Base:
     )
 
 
-def css() -> str:
-    """The common style first, then that of single pages."""
-    common, pages = ROOT / "assets" / "workbench.css", sorted((ROOT / "assets" / "pages").glob("*.css"))
-    return "\n".join(path.read_text("utf-8") for path in (common, *pages))
-
-
 def head() -> str:
-    """What the page's head needs besides Gradio's: keys, theme and tabs."""
-    script = (ROOT / "assets" / "workbench.js").read_text("utf-8")
+    """What the page's head needs besides Gradio's: looks, keys, theme and tabs. (Styles that are given to Gradio as
+    such are rewritten by it, and then those for the whole page no longer hold.)"""
+    assets = ROOT / "assets"
+    styles = [assets / "workbench.css", *(assets / "pages" / f"{name}.css" for name, _ in PAGES)]
+    style = "\n".join(file.read_text("utf-8") for file in styles if file.exists())
+    script = (assets / "workbench.js").read_text("utf-8")
     keys = json.dumps(KEYS).replace("<", "\\u003c")
-    return f'<meta name="color-scheme" content="light dark"><script>window.amalgamKeys = {keys};\n{script}</script>'
+    return (
+        f'<meta name="color-scheme" content="light dark"><style>{style}</style>'
+        f"<script>window.amalgamKeys = {keys};\n{script}</script>"
+    )
 
 
 def build(app: App) -> gr.Blocks:
