@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,7 @@ def rows_of(task: str, records: Sequence[Record]) -> list[dict[str, Any]]:
         by_metric.setdefault(record.metric, []).append(record.score)
     rows = []
     for metric, scores in by_metric.items():
-        row: dict[str, Any] = {"task": task, "metric": metric, "items": len(scores), "mean": sum(scores) / len(scores)}
+        row: dict[str, Any] = {"task": task, "metric": metric, "items": len(scores), "mean": math.fsum(scores) / len(scores)}
         row |= {"right": None, "low": None, "high": None}
         if METRICS[metric].kind == "binary":
             row["right"] = sum(score == 1 for score in scores)
