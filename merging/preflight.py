@@ -22,7 +22,7 @@ from .checkpoints.disk import free_bytes, no_space
 from .checkpoints.hub import Resolved
 from .checkpoints.hub_cache import find_here
 from .checkpoints.side_files import _template as chat_template
-from .errors import AmalgamError
+from .errors import AmalgamError, RecipeError
 from .methods import METHODS, get_method
 from .model_facts import ModelFacts, describe
 from .plan import make_plan
@@ -30,8 +30,8 @@ from .preflight_fixes import Check, Fix, take_out, with_fixes
 from .recipe import Recipe
 from .recipe_parts import Expert
 
-STRUCTURE = {"E_SHAPE", "E_MISSING_TENSOR", "E_EXTRA_TENSOR", "architecture", "tensors"}
-"""What is said anew, and less clearly, once it is known that a model is another kind."""
+STRUCTURE = {"E_SHAPE", "E_MISSING_TENSOR", "E_EXTRA_TENSOR"}
+"""Blockers that say more clearly what the doctor's finding about tensors says."""
 PIECES, PIECE = 32, 4096
 Find = Callable[[str], Resolved]
 
@@ -66,12 +66,13 @@ def preflight(data: Mapping[str, Any], *, find: Find = find_here, out: Path | No
         if BASE not in opened and BASE not in done.errors:
             _no_base(data, experts, done)
         _other_bases(data, experts, done)
-        misfits = _misfits(opened, done)
         _same_files(opened, done)
-        if not misfits and len(opened) > 1 and BASE in opened:
-            _doctor(data, opened, [expert for expert in experts if expert.label in opened], done)
-    if experts and not done.errors:
-        _plan(data, find, out, done, misfits)
+        left_out = {*_misfits(opened, done), *done.errors}
+        fitting = [expert for expert in experts if expert.label not in left_out]
+        if BASE in opened and fitting:
+            _doctor(data, {who: opened[who] for who in (BASE, *(e.label for e in fitting))}, fitting, done)
+    if fitting and BASE not in left_out:
+        _plan(data, [expert.label for expert in fitting], find, out, done)
     done.checks.sort(key=lambda check: (bool(check.settled), SEVERITIES.index(check.finding.severity)))
     return done
 
@@ -180,13 +181,10 @@ def _other_bases(data: Mapping[str, Any], experts: list[Expert], done: Preflight
 # -- do they fit? -------------------------------------------------------------------------------------------------
 
 
-def _misfits(opened: Mapping[str, Checkpoint], done: Preflight) -> bool:
+def _misfits(opened: Mapping[str, Checkpoint], done: Preflight) -> list[str]:
     """Experts of another kind or size than the base (without a base: than the first of them)."""
-    order = list(opened)
-    if len(order) < 2:
-        return False
-    first, found = order[0], False
-    for who in order[1:]:
+    first, found = next(iter(opened), BASE), []
+    for who in list(opened)[1:]:
         facts, other = _whole(opened[who], done.facts[who]), _whole(opened[first], done.facts[first])
         differing = [
             text.format(getattr(facts, key), getattr(other, key), first=_called(first))
@@ -199,7 +197,7 @@ def _misfits(opened: Mapping[str, Checkpoint], done: Preflight) -> bool:
         ]
         if not differing:
             continue
-        found = True
+        found.append(who)
         named = [name for name in done.facts[who].bases if first == BASE]
         remedy = "Remove it, or choose its own base" + (f": its card names {named[0]}." if named else ".")
         what = f"{who} does not fit {_called(first)}."
@@ -277,28 +275,30 @@ def _side_folder(model: Checkpoint) -> Path:
     return model.base.path if model.base is not None and not chat_template(model.path) else model.path
 
 
-def _plan(data: Mapping[str, Any], find: Find, out: Path | None, done: Preflight, misfits: bool) -> None:
-    """What the plan says. A recipe without a method yet is planned with the simplest one."""
+def _plan(data: Mapping[str, Any], fitting: list[str], find: Find, out: Path | None, done: Preflight) -> None:
+    """What the plan of the models that fit says. A recipe without a method yet is planned with the simplest one."""
+    experts = [expert for expert in data["experts"] if Expert.model_validate(expert).label in fitting]
+    whole = len(experts) == len(data["experts"])
+    data = {**data, "experts": experts}
     if not data.get("method"):
         simple = {"method": "task_arithmetic" if data.get("base") else "linear", "parameters": {"weight": 1.0}}
-        experts = [{**expert, "parameters": {}} for expert in data["experts"]]
-        data = {**data, **simple, "experts": experts}
+        data = {**data, **simple, "experts": [{**expert, "parameters": {}} for expert in experts]}
+    facts: dict[str, Any] = {}
     try:
         with make_plan(Recipe.parse(data), offline=True, find=find) as plan:
             blockers, warnings, facts = plan.blockers, plan.warnings, plan.as_dict()
     except AmalgamError as error:
-        blockers, warnings, facts = [error], [], {}
+        blockers, warnings = [error] if whole or not isinstance(error, RecipeError) else [], []
     known = {check.finding.code for check in done.checks}
-    told = {b.code for b in blockers} & STRUCTURE
-    if told and not misfits:
+    if {b.code for b in blockers} & STRUCTURE:
         done.checks = [check for check in done.checks if check.finding.code != "tensors"]
     for blocker in blockers:
-        if not (misfits and blocker.code in STRUCTURE) and not ("same" in known and blocker.code == "E_RECIPE_INPUTS"):
+        if not ("same" in known and blocker.code == "E_RECIPE_INPUTS"):
             done.add(with_fixes(_from_error(blocker), data, (), ()))
     for text in warnings:
         if not ("different data types" in text and "dtype" in known) and not text.endswith("are the same files."):
             done.add(Check(Finding("plan", "warning", text, "", None, "")))
-    if not facts or blockers:
+    if not facts or blockers or not whole:
         return
     done.cost = {key: facts[key] for key in ("bytes_read", "bytes_written", "memory", "seconds", "parameters")}
     room = free_bytes(out) if out is not None else None

@@ -30,7 +30,9 @@ def wire(
     on_error: Callable[[Sequence[Any]], dict[int, Any]] | None = None,
     **how: Any,
 ) -> Any:
-    """An event whose errors become messages. If the message panel is no output yet, it is cleared on success."""
+    """An event whose errors become messages. If the message panel is no output yet, it is cleared on success, unless
+    nobody did anything: what follows from a change must not take away what was said about it."""
+    passive = getattr(event, "event_name", "") in ("change", "tick", "load")
     own = next((i for i, o in enumerate(outputs) if o is message), None)
     every = outputs if own is not None else [*outputs, message]
 
@@ -43,7 +45,7 @@ def wire(
 
     def fine(result: Any) -> Any:
         answer = as_tuple(result, len(outputs))
-        return _alone([*answer, ""] if own is None else list(answer))
+        return _alone([*answer, gr.skip() if passive else ""] if own is None else list(answer))
 
     def call(*values: Any) -> Any:
         try:

@@ -6,6 +6,7 @@ import hashlib
 import html
 import importlib.util
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -14,11 +15,11 @@ from typing import Any
 
 import gradio as gr
 
-from merging.errors import RecipeError
+from merging.errors import AmalgamError, RecipeError
 from merging.preflight_fixes import Fix
 
-from ..components.actions import ActionList, act_of
-from ..components.cards import message
+from ..components.actions import Act, ActionList, act_of
+from ..components.cards import error_message, message
 from ..context import App
 from ..draft import Draft, active, demo, enable, move_expert, remove_expert, set_base
 from ..permits import check_permitted, find_permitted
@@ -100,13 +101,15 @@ class Experts:
 
     def hub_panel(self) -> None:
         offline = self.app.offline
-        with gr.Column(visible=False, elem_id="hub-panel", elem_classes="panel") as self.panels["hub"]:
-            with gr.Row(elem_classes="tight"):
+        with gr.Column(visible=False, elem_id="hub-panel", elem_classes="pick-panel") as self.panels["hub"]:
+            with gr.Row(elem_classes="line"):
                 self.words = gr.Textbox(label="Name of a model, or a part of it", elem_id="hub-words", max_lines=1,
                                         placeholder="for example qwen2.5 math, or org/name", scale=3)  # fmt: skip
                 kinds = [("Models", "models"), ("Adapters", "adapters")]
-                kind = gr.Radio(kinds, value="models", label="Search for", elem_id="hub-kind", scale=1, min_width=180)
-                search = gr.Button("Search the Hub", interactive=not offline, elem_id="hub-search", min_width=140)
+                kind = gr.Radio(kinds, value="models", label="Search for", elem_id="hub-kind", scale=0, min_width=230)
+                search = gr.Button(
+                    "Search the Hub", interactive=not offline, elem_id="hub-search", min_width=150, scale=0
+                )
             if offline:
                 why = (
                     "Offline mode is on: only what is on this computer can be chosen. It is turned off in the settings."
@@ -129,18 +132,22 @@ class Experts:
         self._connect_picker(found)
 
     def path_panel(self) -> None:
-        with gr.Column(visible=False, elem_id="path-panel", elem_classes="panel") as self.panels["path"]:
-            with gr.Row(elem_classes="tight"):
+        with gr.Column(visible=False, elem_id="path-panel", elem_classes="pick-panel") as self.panels["path"]:
+            with gr.Row(elem_classes="line"):
                 typed = gr.Textbox(label="Path on this computer", elem_id="path", max_lines=1, scale=4,
                                    placeholder="/models/my-expert, ~/recipes/merge.yml, …")  # fmt: skip
-                look = gr.Button("Look", elem_id="path-look", min_width=90)
+                look = gr.Button("Look", elem_id="path-look", min_width=90, scale=0)
             found = ActionList(label="At this path", elem_id="path-found")
         for event in (look.click, typed.submit):
             self.shell.act(event, self._at_path, [typed], [found, self.shell.message], trigger_mode="once")
         self._connect_picker(found)
 
     def _at_path(self, typed: str) -> tuple[str, str]:
-        return self.sources.at_path(typed), ""
+        """What is there; or nothing, and why."""
+        try:
+            return self.sources.at_path(typed), ""
+        except AmalgamError as error:
+            return "", error_message(error)
 
     def _connect_picker(self, picker: ActionList) -> None:
         def choose(draft: Draft, event: gr.EventData) -> tuple[Draft, str]:
@@ -154,11 +161,11 @@ class Experts:
 
     def models(self) -> None:
         self.cards = ActionList(label="Base and experts", elem_id="expert-cards")
-        with gr.Row(visible=False, elem_id="bulk", elem_classes="tight bulk") as bulk:
-            weight = gr.Textbox(label="One weight for all experts that are on", elem_id="bulk-weight", max_lines=1,
-                                placeholder="0.4", min_width=200, scale=0)  # fmt: skip
+        with gr.Row(visible=False, elem_id="bulk", elem_classes="line") as bulk:
+            weight = gr.Textbox(label="Weight of all experts that are on", elem_id="bulk-weight", max_lines=1,
+                                placeholder="0.4", min_width=270, scale=0)  # fmt: skip
             apply = gr.Button("Set for all", size="sm", elem_id="bulk-apply", min_width=100, scale=0)
-        self.shell.edit(self.cards.act, self._edit, outputs=[self.cards], trigger_mode="multiple")
+        self.shell.edit(self.cards.act, self._edit, outputs=[self.cards, self.shell.message], trigger_mode="multiple")
         for event in (apply.click, weight.submit):
             self.shell.edit(event, set_all_weights, [weight])
         self.shell.on_draft(self._shown, [self.cards, bulk])
@@ -167,24 +174,13 @@ class Experts:
         several = len(draft["recipe"]["experts"]) > 1 and takes_weight(draft)
         return model_cards(self.app, draft, self.looks), gr.Row(visible=several)
 
-    def _edit(self, draft: Draft, event: gr.EventData) -> tuple[Draft, str]:
-        act = act_of(event)
-        match act.act:
-            case "on":
-                new = enable(draft, act.of, act.value is True)
-            case "rename":
-                new = rename(draft, act.of, str(act.value))
-            case "weight":
-                new = set_weight(draft, act.of, str(act.value))
-            case "up" | "down":
-                new = move_expert(draft, act.of, -1 if act.act == "up" else 1)
-            case "remove":
-                new = remove_expert(draft, act.of)
-            case "remove-base":
-                new = set_base(draft, None)
-            case _:
-                raise RecipeError("E_RECIPE_FIELD", "This button is unknown.", "", "Load the page again.")
-        return new, model_cards(self.app, new, self.looks)
+    def _edit(self, draft: Draft, event: gr.EventData) -> tuple[Draft, str, str]:
+        try:
+            new, said = edited(draft, act_of(event)), ""
+        except AmalgamError as error:
+            new, said = draft, error_message(error)
+        # The number makes it another text, so that what was typed in vain is drawn over.
+        return new, f"{model_cards(self.app, new, self.looks)}<!-- {time.monotonic_ns()} -->", said
 
     # -- the doctor ---------------------------------------------------------------------------------------
 
@@ -192,7 +188,7 @@ class Experts:
         with gr.Row(elem_classes="tight"):
             gr.HTML("<h2>Do they fit?</h2>", padding=False)
             again = gr.Button("Check again", size="sm", elem_id="check-again", min_width=110, scale=0)
-        self.findings = ActionList(label="Findings", elem_id="findings")
+        self.findings = ActionList(doctor(None, 0), label="Findings", elem_id="findings")
         # Changes whenever there is something new to look at; the look itself is an event of its own.
         self.wanted = gr.State("")
         times = gr.State(0)
@@ -244,9 +240,27 @@ class Experts:
         pages = [name for name in labels if importlib.util.find_spec(f"ui.pages.{name}") is not None]
         with gr.Row(visible=False, elem_classes="tight next") as row:
             for name in pages:
-                go = gr.Button(labels[name], elem_id=f"go-{name}", scale=0, min_width=200)
+                go = gr.Button(labels[name], size="sm", elem_id=f"go-{name}", scale=0, min_width=210)
                 self.shell.act(go.click, partial(self.shell.goto, name), outputs=[self.shell.tabs])
         self.shell.on_draft(_has_experts, row)
+
+
+def edited(draft: Draft, act: Act) -> Draft:
+    """The draft after a button or field of a card was used."""
+    match act.act:
+        case "on":
+            return enable(draft, act.of, act.value is True)
+        case "rename":
+            return rename(draft, act.of, str(act.value))
+        case "weight":
+            return set_weight(draft, act.of, str(act.value))
+        case "up" | "down":
+            return move_expert(draft, act.of, -1 if act.act == "up" else 1)
+        case "remove":
+            return remove_expert(draft, act.of)
+        case "remove-base":
+            return set_base(draft, None)
+    raise RecipeError("E_RECIPE_FIELD", "This button is unknown.", "", "Load the page again.")
 
 
 def _has_experts(draft: Draft) -> Any:

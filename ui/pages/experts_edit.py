@@ -138,6 +138,14 @@ def weight_of(expert: dict[str, Any]) -> Any:
     return expert.get("parameters", {}).get("weight")
 
 
+def usual_weight(draft: Draft) -> float | None:
+    """What holds for an expert without a weight of its own: the recipe's, else the method's default, if it has one."""
+    method, stated = draft["recipe"].get("method"), draft["recipe"].get("parameters", {}).get("weight")
+    if stated is None and method in METHODS and takes_weight(draft):
+        stated = fields_of(get_method(method).PerExpert)["weight"].default
+    return float(stated) if isinstance(stated, int | float) else None
+
+
 def set_weight(draft: Draft, label: str, typed: str) -> Draft:
     return set_parameter(draft, ("experts", label, "parameters", "weight"), weight_from(typed))
 

@@ -13,7 +13,7 @@ from ..components.model_picker import facts_line, hub_link
 from ..context import App
 from ..draft import Draft, is_on, label_of
 from ..permits import is_demo
-from .experts_edit import takes_weight, weight_of
+from .experts_edit import takes_weight, usual_weight, weight_of
 from .experts_look import Looks, reference_of
 
 WORDS = {"problem": "Problem", "warning": "Warning", "note": "Note", "ok": "Fits"}
@@ -53,7 +53,7 @@ def _expert_card(app: App, draft: Draft, place: int, looks: Looks) -> str:
     shown = expert.get("name") or ""
     checked = "checked" if on else ""
     hint = _short(label).replace('"', "")
-    weight = _weight(expert, label) if takes_weight(draft) else ""
+    weight = _weight(draft, expert, label) if takes_weight(draft) else ""
     buttons = (
         button("up", label, "↑", name=f"Move {label} up", why_not="It is the first." if place == 0 else "")
         + button("down", label, "↓", name=f"Move {label} down", why_not="It is the last." if place == last else "")
@@ -68,12 +68,12 @@ def _expert_card(app: App, draft: Draft, place: int, looks: Looks) -> str:
     )
 
 
-def _weight(expert: dict[str, Any], label: str) -> str:
-    weight = weight_of(expert)
+def _weight(draft: Draft, expert: dict[str, Any], label: str) -> str:
+    weight, usual = weight_of(expert), usual_weight(draft)
     if weight is not None and type(weight) not in (int, float):
         return '<span class="quiet">weight by layer: see the Merge page</span>'
     value = "" if weight is None else f"{weight:g}"
-    more = 'step="0.05" placeholder="not set"'
+    more = f'step="0.05" placeholder="{text("not set" if usual is None else f"{usual:g}")}"'
     typed = field("weight", label, value, f"Weight of {label}", kind="number", more=more)
     return f'<label class="weight">weight {typed}</label>'
 
@@ -82,7 +82,7 @@ def _facts(app: App, model: Any, looks: Looks) -> str:
     reference, known = reference_of(model), looks.known(model)
     adapter = model.get("adapter") if isinstance(model, dict) else None
     source = source_of(app, adapter or reference)
-    on = f" on {source_of(app, model['model'])}" if adapter else ""
+    on = f" on {text(_short(model['model']))}" if adapter else ""
     if known is None:
         return f'<p class="source">{source}{on}</p>'
     facts, where = known
@@ -97,8 +97,10 @@ def _facts(app: App, model: Any, looks: Looks) -> str:
 
 def source_of(app: App, reference: str) -> str:
     """Where a model is from, as HTML: a name on the Hub as a link, a path as it is (on a Space: its name)."""
+    if is_demo(reference):
+        return f"comes with Amalgam: {text(_short(reference))}"
     if reference.startswith(("/", "~", ".")) or "\\" in reference:
-        return text(_short(reference)) if app.on_space or is_demo(reference) else text(reference)
+        return text(_short(reference)) if app.on_space else text(reference)
     if reference.count("/") == 1 and " " not in reference:
         return hub_link(reference, reference)
     return text(reference)
@@ -122,12 +124,12 @@ def doctor(found: Preflight | None, experts: int) -> str:
     fine = "".join(map(_check, good))
     folded = (
         f'<details data-key="fine"><summary>{len(good)} checks passed or settled</summary>'
-        f'<ul class="findings">{fine}</ul></details>'
+        f'<ul class="checks">{fine}</ul></details>'
         if good
         else ""
     )
-    listed = f'<ul class="findings">{items}</ul>' if items else ""
-    return f'<p class="summary" role="status">{_summary(found)}</p>{listed}{folded}{_cost(found)}'
+    listed = f'<ul class="checks">{items}</ul>' if items else ""
+    return f'<div class="doctor"><p role="status">{_summary(found)}</p>{listed}{folded}{_cost(found)}</div>'
 
 
 def _summary(found: Preflight) -> str:
@@ -152,7 +154,7 @@ def _check(check: Check) -> str:
     lines = "".join(f"<p>{text(line)}</p>" for line in (finding.evidence, finding.remedy) if line)
     code = f' <span class="code">{text(finding.code)}</span>' if finding.code.startswith("E_") else ""
     return (
-        f'<li class="item finding {severity}"><p><span class="sign" aria-hidden="true">{SIGNS[severity]}</span>'
+        f'<li class="item check {severity}"><p><span class="sign" aria-hidden="true">{SIGNS[severity]}</span>'
         f"<b>{WORDS[severity]}:</b> {text(finding.title)}{code}</p>{lines}{settled}"
         f'{f"""<div class="item-actions">{fixes}</div>""" if fixes else ""}</li>'
     )
