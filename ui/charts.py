@@ -20,19 +20,20 @@ from . import charts_spectra, charts_with_text, plots
 from .chart import MOST_LINES, Chart, Table, chart, grouped, pairs_of, plain
 
 
-def charts_of(result: Inspection) -> list[Chart]:
-    """The charts of all parts that there are."""
-    makers: list[tuple[Any, Callable[[Inspection], list[Chart]]]] = [
-        (result.changes, _sizes),
-        (result.changes, _directions),
-        (result.changes, _kept),
-        (result.trimmed, _signs),
-        (result.spectra, charts_spectra.spectra),
-        (result.subspaces, charts_spectra.subspaces),
-        (result.principal, charts_spectra.principal),
-        (result.texts, charts_with_text.with_texts),
+def charts_of(result: Inspection, *wanted: str) -> list[Chart]:
+    """The charts of all parts that there are; with ``wanted`` (keys) only those, and others of the same making."""
+    makers: list[tuple[Any, tuple[str, ...], Callable[[Inspection], list[Chart]]]] = [
+        (result.changes, ("sizes", "importance"), _sizes),
+        (result.changes, ("cosine",), _directions),
+        (result.changes, ("kept",), _kept),
+        (result.trimmed, ("signs",), _signs),
+        (result.spectra, ("ranks", "spectra"), charts_spectra.spectra),
+        (result.subspaces, ("subspaces",), charts_spectra.subspaces),
+        (result.principal, ("principal",), charts_spectra.principal),
+        (result.texts, charts_with_text.KEYS, charts_with_text.with_texts),
     ]
-    return [found for part, make in makers if part for found in make(result)]
+    chosen = [make for part, keys, make in makers if part and (not wanted or set(keys) & set(wanted))]
+    return [found for make in chosen for found in make(result)]
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from . import plots
 from .chart import Chart, Table, chart, grouped
 from .charts_spectra import MEASURES
 
+KEYS = ("sensitivity", "entropy", "whitened", "representations")
+
 
 def with_texts(result: Inspection) -> list[Chart]:
     assert result.texts is not None

@@ -71,6 +71,7 @@ def inspect(
     coefficients: Sequence[float] = (),
     texts: Sequence[str | Path] = (),
     cache: Cache | bool = True,
+    compute: bool = True,
     offline: bool = False,
     threads: int = 0,
     progress: Callable[[Step], None] | None = None,
@@ -84,7 +85,8 @@ def inspect(
     ``spectra``: gram, exact, preview, or none (no decompositions at all: no subspaces, no principal weights).
     ``rank``: directions that ``subspaces`` compares. ``coefficients``: one per expert, for the importance of Expert
     Merging++. ``texts``: files for the part ``texts``, which is left out without them. ``cache``: True for the usual
-    folder, False for none. ``finished(part, inspection)`` is called after each part, with what is known so far.
+    folder, False for none. ``compute``: False leaves out what is not in the cache, and takes no longer than reading it.
+    ``finished(part, inspection)`` is called after each part, with what is known so far.
 
     Raises RecipeError E_RECIPE_FIELD for options that make no sense, Cancelled soon after ``stop`` is set, and what
     ``open_models`` and the parts raise; parts that were finished before are kept in the cache.
@@ -101,7 +103,8 @@ def inspect(
         options: dict[str, Any] = {"parts": chosen, "bases": list(bases), "density": density, "spectra": spectra}
         options |= {"rank": rank, "coefficients": list(coefficients), "texts": [str(text) for text in texts]}
         result = _start(models, options)
-        _Run(result, models, where, progress, finished, threads, stop or threading.Event()).all(bases, offline, texts)
+        run = _Run(result, models, where, progress, finished, threads, stop or threading.Event(), compute)
+        run.all(bases, offline, texts)
     if where.problem:
         result.notes.append(f"Results could not be kept for the next time: {where.problem}.")
     return result
@@ -161,6 +164,10 @@ class _Entry:
     value: Any
 
 
+class _NotKept(Exception):
+    """A part is not in the cache, and was not to be computed."""
+
+
 class _Run:
     """The parts, one after the other."""
 
@@ -173,7 +180,9 @@ class _Run:
         finished: Callable[[str, Inspection], None] | None,
         threads: int,
         stop: threading.Event,
+        compute: bool = True,
     ) -> None:
+        self.compute = compute
         self.result, self.models, self.cache, self.options = result, models, cache, result.options
         self.progress, self.finished, self.stop = progress, finished, stop
         self.common: dict[str, Any] = {"threads": threads, "progress": self._told, "stop": stop}
@@ -204,7 +213,11 @@ class _Run:
                 raise Cancelled()
             self.part, self.within = part, 0.0
             self._tell()
-            parts[part]()
+            try:
+                parts[part]()
+            except _NotKept:
+                self.result.parts.pop(part, None)
+                continue
             self.done.add(part)
             self._tell()
             if self.finished is not None:
@@ -242,7 +255,7 @@ class _Run:
     def _spectra(self) -> None:
         """Singular values; and, if both are new, subspaces from the same decompositions."""
         method, rank = self.options["spectra"], self.options["rank"]
-        both = "subspaces" in self.chosen and self._find(self._subspaces_key(), _SUBSPACES) is None
+        both = self.compute and "subspaces" in self.chosen and self._find(self._subspaces_key(), _SUBSPACES) is None
 
         def compute() -> list[Spectrum]:
             if not both:
@@ -314,6 +327,8 @@ class _Run:
         ``worth`` it)."""
         entry = self._find(key, classes) if key else None
         cached = entry is not None
+        if entry is None and not self.compute:
+            raise _NotKept
         if entry is None:
             self.began = began = time.monotonic()
             value = compute()
