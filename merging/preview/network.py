@@ -142,7 +142,8 @@ def rows_of(task: str, records: Sequence[Record]) -> list[dict[str, Any]]:
         by_metric.setdefault(record.metric, []).append(record.score)
     rows = []
     for metric, scores in by_metric.items():
-        row: dict[str, Any] = {"task": task, "metric": metric, "items": len(scores), "mean": math.fsum(scores) / len(scores)}
+        mean = math.fsum(scores) / len(scores)
+        row: dict[str, Any] = {"task": task, "metric": metric, "items": len(scores), "mean": mean}
         row |= {"right": None, "low": None, "high": None}
         if METRICS[metric].kind == "binary":
             row["right"] = sum(score == 1 for score in scores)
