@@ -12,13 +12,17 @@ from typing import Any
 from pydantic import Field
 
 from .errors import Cancelled, RecipeError
+from .job_files import JobProgress
 from .job_kind import Arguments, Event, Kind, parsed
 from .job_pace import Tell, downloads
+from .user_folders import cache_folder
 
 
 class DownloadArguments(Arguments):
     models: list[str] = Field(min_length=1, max_length=256)
     """``org/name`` or ``org/name@revision``."""
+    headers: bool = False
+    """Bring no weights, only what tells whether the models fit (see ``checkpoints.hub_headers``)."""
 
 
 def _check_download(arguments: dict[str, Any]) -> None:
@@ -35,17 +39,32 @@ def _download(
 ) -> dict[str, Any]:  # fmt: skip
     """Event ``downloaded`` {model, reference, path} after each model. Result: {models: [the same], warnings}."""
     from .checkpoints.hub import resolve
+    from .checkpoints.hub_headers import bring_headers
 
+    wish = parsed(DownloadArguments, arguments)
     done: list[dict[str, str]] = []
     warnings: list[str] = []
-    for model in parsed(DownloadArguments, arguments).models:
+
+    def looked_at(files: int, total: int, name: str) -> None:
         if stop.is_set():
             raise Cancelled()
-        found = resolve(model, progress=downloads(tell, stop))
+        tell(JobProgress(files, total, "items", f"header of {name}"))
+
+    for model in wish.models:
+        if stop.is_set():
+            raise Cancelled()
+        if wish.headers:
+            found = bring_headers(model, headers_folder(), looked_at)
+        else:
+            found = resolve(model, progress=downloads(tell, stop))
+            warnings += found.warnings
         done.append({"model": model, "reference": found.reference, "path": str(found.path)})
-        warnings += found.warnings
         event({"event": "downloaded", **done[-1]})
     return {"models": done, "warnings": warnings}
+
+
+def headers_folder() -> Path:
+    return cache_folder("headers")
 
 
 DOWNLOAD = Kind("Download", _check_download, _download)

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .analysis.doctor_files import examine_files
-from .analysis.finding import SEVERITIES, Finding
+from .analysis.finding import SEVERITIES, Finding, some
 from .analysis.models import BASE, MERGED, Models, compare
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.disk import free_bytes, no_space
 from .checkpoints.hub import Resolved
 from .checkpoints.hub_cache import find_here
+from .checkpoints.hub_headers import HEADERS_ONLY
 from .checkpoints.side_files import _template as chat_template
-from .errors import AmalgamError, RecipeError
+from .errors import AmalgamError, HubError, RecipeError
 from .methods import METHODS, get_method
 from .model_facts import ModelFacts, describe
 from .plan import make_plan
@@ -45,8 +46,14 @@ class Preflight:
     facts: dict[str, ModelFacts] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     """What was opened: a path, or ``org/name@commit``."""
+    reference: dict[str, str] = field(default_factory=dict)
+    """What the recipe calls it."""
     errors: dict[str, AmalgamError] = field(default_factory=dict)
     cost: dict[str, Any] | None = None
+    absent: list[str] = field(default_factory=list)
+    """References to the Hub of which nothing is here."""
+    headers_only: list[str] = field(default_factory=list)
+    """And those of which only headers are here, so that their weights are to be downloaded."""
 
     @property
     def worst(self) -> str:
@@ -60,12 +67,14 @@ def preflight(data: Mapping[str, Any], *, find: Find = find_here, out: Path | No
     """Look at the recipe ``data`` (a Recipe's fields, perhaps not all). ``find``: where a model lies; it must not read
     weights. ``out``: where it would be written, to see the free disk space."""
     done = Preflight()
+    find = _noting(find, done)
     experts = [Expert.model_validate(expert) for expert in data.get("experts", [])]
     with ExitStack() as stack:
         opened = _open_all(data, experts, find, stack, done)
         if BASE not in opened and BASE not in done.errors:
             _no_base(data, experts, done)
         _other_bases(data, experts, done)
+        _downloads(done)
         _same_files(opened, done)
         left_out = {*_misfits(opened, done), *done.errors}
         fitting = [expert for expert in experts if expert.label not in left_out]
@@ -93,7 +102,7 @@ def _open_all(
             found = find(part.model)
             if part.model not in plain:
                 plain[part.model] = stack.enter_context(open_checkpoint(found.path, part.model))
-            model = plain[part.model]
+            model, done.reference[who] = plain[part.model], part.adapter or part.model
             if part.adapter is not None:
                 found = find(part.adapter)
                 done.facts[who], done.where[who] = describe(found.path), found.reference
@@ -103,30 +112,51 @@ def _open_all(
             opened[who] = model
         except AmalgamError as error:
             done.errors[who] = error
-            done.add(_unopened(who, part, error, find))
+            if error.code != "E_HUB_OFFLINE":
+                done.add(_unopened(who, part, error))
     return opened
 
 
-def _unopened(who: str, part: Expert, error: AmalgamError, find: Find) -> Check:
+def _noting(find: Find, done: Preflight) -> Find:
+    """``find``, which notes what is not here."""
+
+    def found(text: str) -> Resolved:
+        try:
+            result = find(text)
+        except HubError as error:
+            if error.code == "E_HUB_OFFLINE" and text not in done.absent:
+                done.absent.append(text)
+            raise
+        if HEADERS_ONLY in result.warnings and text not in done.headers_only:
+            done.headers_only.append(text)
+        return result
+
+    return found
+
+
+def _downloads(done: Preflight) -> None:
+    """What must be brought from the Hub: told once for all models."""
+    if done.absent:
+        names = "\n".join(done.absent)
+        what = f"Not on this computer yet: {some(done.absent)}."
+        remedy = "Look at the headers first: that shows whether the models fit, and how much there is to download."
+        ways = (Fix("Look at the headers on the Hub", "headers", names), Fix("Download", "download", names))
+        done.add(Check(Finding("absent", "problem", what, "", None, remedy, "files"), "", ways))
+    if done.headers_only:
+        what = f"Still on the Hub: {some(done.headers_only)}."
+        evidence = "Only headers were looked at. The weights are downloaded when they are needed, or now."
+        now = Fix("Download now", "download", "\n".join(done.headers_only))
+        done.add(Check(Finding("remote", "note", what, evidence, None, ""), "", (now,)))
+
+
+def _unopened(who: str, part: Expert, error: AmalgamError) -> Check:
     fixes: list[Fix] = []
-    if error.code == "E_HUB_OFFLINE":
-        fixes = [Fix(f"Download {name}", "download", name) for name in _absent(part, find)]
-    if error.code == "E_ADAPTER" and part.adapter is None and who != BASE:
-        fixes = [Fix("Use it as an adapter of the base", "adapter", who)]
     if who != BASE:
+        if error.code == "E_ADAPTER" and part.adapter is None:
+            fixes.append(Fix("Use it as an adapter of the base", "adapter", who))
         fixes += take_out(who)
     about = "The base" if who == BASE else who
     return Check(_from_error(error, f"{about}: "), who, tuple(fixes))
-
-
-def _absent(part: Expert, find: Find) -> list[str]:
-    names = []
-    for name in filter(None, (part.model, part.adapter)):
-        try:
-            find(name)
-        except AmalgamError as error:
-            names += [name] if error.code == "E_HUB_OFFLINE" else []
-    return names
 
 
 def _from_error(error: AmalgamError, prefix: str = "") -> Finding:
@@ -198,7 +228,7 @@ def _misfits(opened: Mapping[str, Checkpoint], done: Preflight) -> list[str]:
         if not differing:
             continue
         found.append(who)
-        named = [name for name in done.facts[who].bases if first == BASE]
+        named = [n for n in done.facts[who].bases if first == BASE and n != done.reference[BASE]]
         remedy = "Remove it, or choose its own base" + (f": its card names {named[0]}." if named else ".")
         what = f"{who} does not fit {_called(first)}."
         finding = Finding("fit", "problem", what, _sentence(differing), None, remedy)
@@ -227,7 +257,8 @@ def _same_files(opened: Mapping[str, Checkpoint], done: Preflight) -> None:
     for first, second in combinations(opened, 2):
         if second in told or opened[first].kind == "adapter" or opened[second].kind == "adapter":
             continue
-        same = opened[first] is opened[second] or _alike(opened[first], opened[second])
+        readable = not {done.reference[first], done.reference[second]} & {*done.headers_only}
+        same = opened[first] is opened[second] or (readable and _alike(opened[first], opened[second]))
         if same:
             told.add(second)
             evidence = "They are the same files." if opened[first] is opened[second] else (
@@ -240,7 +271,7 @@ def _same_files(opened: Mapping[str, Checkpoint], done: Preflight) -> None:
 
 
 def _alike(one: Checkpoint, other: Checkpoint) -> bool:
-    if [f.header.digest for f in one.files] != [f.header.digest for f in other.files]:
+    if not one.files or [f.header.digest for f in one.files] != [f.header.digest for f in other.files]:
         return False
     for mine, theirs in zip(one.files, other.files, strict=True):
         size = min(mine.identity()["size"], theirs.identity()["size"])
@@ -280,7 +311,7 @@ def _plan(data: Mapping[str, Any], fitting: list[str], find: Find, out: Path | N
     experts = [expert for expert in data["experts"] if Expert.model_validate(expert).label in fitting]
     whole = len(experts) == len(data["experts"])
     data = {**data, "experts": experts}
-    if not data.get("method"):
+    if unnamed := not data.get("method"):
         simple = {"method": "task_arithmetic" if data.get("base") else "linear", "parameters": {"weight": 1.0}}
         data = {**data, **simple, "experts": [{**expert, "parameters": {}} for expert in experts]}
     facts: dict[str, Any] = {}
@@ -296,6 +327,8 @@ def _plan(data: Mapping[str, Any], fitting: list[str], find: Find, out: Path | N
         if not ("same" in known and blocker.code == "E_RECIPE_INPUTS"):
             done.add(with_fixes(_from_error(blocker), data, (), ()))
     for text in warnings:
+        if unnamed or text == HEADERS_ONLY:
+            continue
         if not ("different data types" in text and "dtype" in known) and not text.endswith("are the same files."):
             done.add(Check(Finding("plan", "warning", text, "", None, "")))
     if not facts or blockers or not whole:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from merging.checkpoints.hub import Resolved
 from merging.checkpoints.hub_cache import find_here
-from merging.errors import InputError
+from merging.checkpoints.hub_headers import find_headers
+from merging.errors import HubError, InputError
+from merging.job_download import headers_folder
 
 from .context import App
 from .draft import DEMO
@@ -37,6 +39,12 @@ def is_demo(reference: str) -> bool:
 
 
 def find_permitted(app: App, reference: str) -> Resolved:
-    """Where a model lies on this machine, if it may be used."""
+    """Where a model lies on this machine, if it may be used; or its headers, for a look at them."""
     check_permitted(app, reference)
-    return find_here(reference)
+    try:
+        return find_here(reference)
+    except HubError as error:
+        headers = find_headers(reference, headers_folder()) if error.code == "E_HUB_OFFLINE" else None
+        if headers is None:
+            raise
+        return headers

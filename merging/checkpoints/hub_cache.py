@@ -7,13 +7,14 @@ folder in which the files of a model lie, as far as they are here, and ``cached_
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import HubError
+from ..errors import HubError, InputError
 from .download import RepositoryCache
 from .hub import ADAPTER, INDEX, SINGLE, Resolved, parse_reference
+from .strict_json import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,15 @@ def cached_models() -> list[CachedModel]:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(os.path.exists(folder / name) for name in (SINGLE, INDEX, ADAPTER))
+    """All weight files of a model, or of an adapter, are there."""
+    if os.path.exists(folder / SINGLE) or os.path.exists(folder / ADAPTER):
+        return True
+    try:
+        table: Any = read_json(folder / INDEX, 64 << 20)["weight_map"]
+        return all(os.path.exists(folder / str(name)) for name in set(table.values()))
+    except (InputError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _is_adapter(folder: Path) -> bool:
-    return os.path.exists(folder / ADAPTER) and not _any(folder, (SINGLE, INDEX))
-
-
-def _any(folder: Path, names: Sequence[str]) -> bool:
-    return any(os.path.exists(folder / name) for name in names)
+    return os.path.exists(folder / ADAPTER) and not any(os.path.exists(folder / name) for name in (SINGLE, INDEX))

@@ -221,19 +221,23 @@ class Experts:
         fix = next((fix for check in checks for fix in check.fixes if fix_key(check, fix) == wanted), None)
         if fix is None:
             raise RecipeError("E_RECIPE_FIELD", "The recipe has changed meanwhile.", "", "Look at the findings again.")
-        if fix.action == "download":
-            return draft, self._download(fix), message("ok", f"{fix.model} is being downloaded: see the side panel.")
+        if fix.action in ("download", "headers"):
+            return draft, self._download(fix), message("note", "The Hub is being asked: see the side panel.")
         if fix.model and fix.action == "base":
             check_permitted(self.app, fix.model)
         return apply_fix(draft, fix), gr.skip(), message("ok", f"{fix.label}: done. Undo takes it back.")
 
     def _download(self, fix: Fix) -> str:
+        names = fix.model.split("\n")
         if self.app.offline:
-            why = "Offline mode is on."
-            raise RecipeError(
-                "E_RECIPE_INPUTS", f"{fix.model} cannot be downloaded.", why, "Turn it off in the settings."
+            what, remedy = (
+                "Offline mode is on: the Hub was not asked.",
+                "Turn it off in the settings, or use local models.",
             )
-        return self.shell.start("download", {"models": [fix.model]}, f"Download {fix.model}")
+            raise RecipeError("E_RECIPE_INPUTS", what, "", remedy)
+        what = "Headers" if fix.action == "headers" else "Download"
+        title = f"{what}: {', '.join(name.split('/')[-1] for name in names)}"
+        return self.shell.start("download", {"models": names, "headers": fix.action == "headers"}, title)
 
     def next_steps(self) -> None:
         labels = {"analyse": "See what they changed", "merge": "Set up the merge"}
