@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from merging.preview.merge import KeptMerge
 from merging.recipe import Recipe
 from merging.recipe_parameters import fields_of
 from tests.engine_cases import CASES, Case, Zoo, each_case, make_zoo, recipe_for
-from tests.small_checkpoints import load, merge, raw
+from tests.small_checkpoints import family, llama_like, load, merge, raw, save
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo"
@@ -283,3 +284,64 @@ def test_what_a_written_merge_refuses_is_refused(zoo: Zoo, tmp_path: Path) -> No
     assert str(paths[2]) in caught.value.what and kept.plan is None
     with pytest.raises(RecipeError, match="E_RECIPE_FIELD"):
         kept.merge({"method": "ties", "experts": ["a"], "wrong": 1})
+
+
+# -- inputs that are not plain files ----------------------------------------------------------------------------------
+
+
+def both_strengths(data: dict[str, Any], folder: Path) -> KeptMerge:
+    kept = KeptMerge()
+    for weight in (0.5, 0.8, 0.5):
+        data["parameters"] = {"weight": weight}
+        kept.merge(data)
+        assert held(kept) == written(data, folder)
+    assert kept.reused > 0
+    return kept
+
+
+def test_an_adapter_as_an_expert(tmp_path: Path) -> None:
+    paths = family(tmp_path, llama_like(2, 16, torch.bfloat16), 1)
+    (adapter := tmp_path / "adapter").mkdir()
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{prefix}.lora_A.weight": torch.randn(2, 16), f"{prefix}.lora_B.weight": torch.randn(16, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    experts = [{"model": str(paths[0]), "adapter": str(adapter)}, str(paths[1])]
+    kept = both_strengths({"base": str(paths[0]), "experts": experts, "method": "ties"}, tmp_path)
+    # what the adapter leaves alone is the base's, and kept once
+    assert len(kept.inputs) == 2 * len(kept.results) + 1
+
+
+def test_stacked_layers_and_heads_of_tied_models(tmp_path: Path) -> None:
+    tied = save(tmp_path / "tied", llama_like(3, 16, head=False, seed=1))
+    paths = [save(tmp_path / str(k), llama_like(3, 16, seed=k)) for k in (2, 3)]
+    both_strengths({"base": str(paths[0]), "experts": [str(tied), str(paths[1])], "method": "ties"}, tmp_path)
+    slices = [{"sources": [{"model": str(paths[1]), "layers": [0, 2]}, {"model": str(tied), "layers": [1, 3]}]},
+              {"sources": [{"model": str(paths[1]), "layers": [0, 2]}, {"model": str(tied), "layers": [0, 2]}]}]  # fmt: skip
+    both_strengths({"base": str(paths[0]), "experts": [str(paths[1]), str(tied)], "method": "nuslerp",
+                    "slices": slices}, tmp_path)  # fmt: skip
+
+
+def test_different_vocabularies(tmp_path: Path) -> None:
+    words = [["<unk>", "a", "b", "c"], ["<unk>", "b", "a", "c", "d"], ["<unk>", "c", "a", "b"]]
+    paths = [with_vocabulary(tmp_path / str(k), listed, k) for k, listed in enumerate(words)]
+    data = {"base": str(paths[0]), "experts": [str(path) for path in paths[1:]], "method": "ties",
+            "tokenizer": {"source": "union"}}  # fmt: skip
+    kept = both_strengths(data, tmp_path)
+    assert kept.results["model.embed_tokens.weight"][1].shape == (5, 16)
+    data["tokenizer"] = {"source": "base"}
+    kept.merge(data)
+    assert held(kept) == written(data, tmp_path)
+
+
+def with_vocabulary(folder: Path, words: list[str], seed: int) -> Path:
+    from tokenizers import Tokenizer, models
+
+    state = llama_like(1, 16, seed=seed)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.randn(len(words), 16)
+    save(folder, state, config={"model_type": "llama", "vocab_size": len(words)})
+    numbers = {word: number for number, word in enumerate(words)}
+    Tokenizer(models.WordLevel(numbers, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    return folder
