@@ -8,12 +8,9 @@ JSON value and never changed: every function here takes a draft and returns a ne
 
 from __future__ import annotations
 
-import base64
-import binascii
 import copy
 import json
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +18,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from merging.errors import RecipeError
-from merging.methods import METHODS, get_method
+from merging.methods import get_method
 from merging.recipe import Recipe
 from merging.recipe_parameters import check_setting, fields_of
-from merging.recipe_parts import MAX_MODELS, RESERVED, Expert, Model, check_reference
+from merging.recipe_parts import MAX_MODELS, RESERVED, check_reference
 from merging.recipe_yaml import load_recipe, to_yaml, write_yaml
 
 Draft = dict[str, Any]
 """``recipe`` (the fields of a Recipe; experts always as mappings), ``off`` (labels of the experts that sit out),
 ``tasks`` (task files to score on), ``kept`` (parameters of other methods, to come back to)."""
 
-MAX_LINK, MAX_JSON = 16_000, 256_000
+
 DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
 
 
@@ -42,7 +39,7 @@ def empty() -> Draft:
 def from_recipe(recipe: Recipe) -> Draft:
     data = recipe.to_data()
     data.pop("amalgam", None)
-    return {**empty(), "recipe": {**data, "experts": [_as_mapping(expert) for expert in data["experts"]]}}
+    return {**empty(), "recipe": {**data, "experts": [as_mapping(expert) for expert in data["experts"]]}}
 
 
 def demo(method: str = "pcb") -> Draft:
@@ -189,7 +186,7 @@ def add_expert(
     if len(experts) >= MAX_MODELS:
         raise RecipeError("E_RECIPE_INPUTS", f"A recipe has at most {MAX_MODELS} experts.")
     for text in filter(None, (model, adapter)):
-        _check(check_reference, text)
+        check(check_reference, text)
     wanted = name or re.sub(r"[^\w.-]+", "-", Path((adapter or model).split("@")[0]).name)[:60].strip("-") or "expert"
     taken = {*labels(draft), *RESERVED}
     unique = next(n for n in (wanted, *(f"{wanted}-{i}" for i in range(2, MAX_MODELS + 3))) if n not in taken)
@@ -248,70 +245,10 @@ def with_absolute_paths(draft: Draft, folder: Path) -> Draft:
     return new
 
 
-# -- links and what a browser kept --------------------------------------------------------------------
-
-
-def link_of(draft: Draft) -> str:
-    """The recipe as a word for a link (``?r=…``). It holds the models' names and paths, and no weights."""
-    return encoded({"recipe": draft["recipe"], "off": draft["off"]})
-
-
-def encoded(data: Any) -> str:
-    packed = zlib.compress(json.dumps(data, separators=(",", ":"), sort_keys=True, allow_nan=False).encode(), 9)
-    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
-
-
-def from_link(text: str) -> Draft:
-    """The draft in a link. RecipeError for anything that ``link_of`` could not have made."""
-
-    def broken(why: str) -> RecipeError:
-        return RecipeError("E_RECIPE_READ", "The link holds no recipe.", why, "Ask for it again, or for the file.")
-
-    if len(text) > MAX_LINK or not re.fullmatch(r"[A-Za-z0-9_-]+", text):
-        raise broken("It is too long, or not complete.")
-    try:
-        unpacker = zlib.decompressobj()
-        raw = unpacker.decompress(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), MAX_JSON + 1)
-        if len(raw) > MAX_JSON or not unpacker.eof or unpacker.unused_data:
-            raise broken("It is too large, or not complete.")
-        return checked(json.loads(raw.decode("utf-8"), parse_constant=_no_constant))
-    except (zlib.error, binascii.Error, ValueError, RecursionError):
-        raise broken("It was changed on its way.") from None
-
-
-def checked(data: Any) -> Draft:
-    """A draft that came from outside (a link, the browser's memory), in its normal form. RecipeError if it is none."""
-
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise RecipeError("E_RECIPE_READ", f"This is not a recipe: {what}.")
-
-    need(isinstance(data, Mapping) and set(data) <= {*empty()}, "it has other fields")
-    draft: Draft = {**empty(), **copy.deepcopy(dict(data))}
-    recipe = draft["recipe"]
-    need(isinstance(recipe, dict) and set(recipe) <= {*Recipe.model_fields}, "it has unknown fields")
-    experts = recipe.get("experts", [])
-    need(isinstance(experts, list) and len(experts) <= MAX_MODELS, "its experts are not a list")
-    recipe["experts"] = [_as_mapping(expert) for expert in experts]
-    for expert in recipe["experts"]:
-        _check(Expert.model_validate, expert)
-    if recipe.get("base") is not None:
-        _check(Model.model_validate, recipe["base"])
-    need(len(set(labels(draft))) == len(experts), "two experts have one name")
-    need(recipe.get("method") is None or recipe["method"] in METHODS, "its method is unknown")
-    need(isinstance(recipe.get("parameters", {}), dict), "its parameters are no mapping")
-    for key in ("off", "tasks"):
-        need(isinstance(draft[key], list) and all(isinstance(t, str) for t in draft[key]), f"{key} is no list")
-    need(isinstance(draft["kept"], dict) and set(draft["kept"]) <= set(METHODS), "it keeps unknown methods")
-    need(len(json.dumps(draft)) <= MAX_JSON, "it is too large")
-    draft["off"] = [name for name in labels(draft) if name in draft["off"]]
-    return draft
-
-
 # -- helpers ------------------------------------------------------------------------------------------
 
 
-def _as_mapping(expert: Any) -> dict[str, Any]:
+def as_mapping(expert: Any) -> dict[str, Any]:
     if isinstance(expert, str):
         return {"model": expert}
     if not isinstance(expert, Mapping) or not isinstance(expert.get("model"), str):
@@ -341,13 +278,10 @@ def _fitting(settings: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
     return fit
 
 
-def _check(action: Callable[[Any], Any], value: Any) -> None:
+def check(action: Callable[[Any], Any], value: Any, what: str = "A model cannot be named like that") -> None:
+    """``action(value)``, with its complaint as a RecipeError."""
     try:
         action(value)
     except ValueError as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise RecipeError("E_RECIPE_FIELD", "A model cannot be named like that.", f"{why[:200]}.") from None
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(word)
+        raise RecipeError("E_RECIPE_FIELD", f"{what}.", f"{why[:200]}.") from None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,7 +40,7 @@ def allowed_hosts(host: str) -> set[str]:
 
 
 class Guard:
-    """ASGI middleware that refuses with 403 what does not come from our own page."""
+    """An ASGI app around another one; it refuses with 403 what does not come from our own page."""
 
     def __init__(self, app: Any, hosts: set[str]) -> None:
         self.app, self.hosts = app, hosts
@@ -100,14 +101,27 @@ class Guard:
     def same(self, origin: str, host: str) -> bool:
         """The very same host and port; behind the proxy of a Space, its public name."""
         space = {name.lower() for name in os.environ.get("SPACE_HOST", "").split(",") if name}
-        return origin == host or (host_of(origin) in space and host_of(host) in self.hosts)
+        return origin == host or (host_of(origin) in space and self.is_ours(host))
+
+
+def guarded(hosts: set[str]) -> Callable[[Any], Any]:
+    """A lifespan that puts the guard around everything else that the app does, before it answers the first request.
+    (As a middleware of the app it would stand behind Gradio's own, which lets other pages read our refusals.)"""
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = Guard(app.middleware_stack, hosts)
+        yield
+
+    return lifespan
 
 
 def host_of(netloc: str) -> str:
     """ "[::1]:7860" → "::1"; "" for anything that is no host and port."""
     try:
         parts = urlsplit(f"//{netloc}")
-        return "" if "@" in netloc or parts.path or parts.query or parts.fragment else (parts.hostname or "")
+        more = "@" in netloc or parts.path or parts.query or parts.fragment or parts.port == 0
+        return "" if more else (parts.hostname or "")
     except ValueError:
         return ""
 

@@ -105,12 +105,11 @@ def start_recipe(options: argparse.Namespace) -> Any:
 
 def start(demo: Any, app: Any, host: str, port: int, scratch: Path) -> None:
     """Serve, and return once the page answers."""
-    from starlette.middleware import Middleware
     from starlette.routing import Route
 
     from . import downloads
     from .components import plot
-    from .guard import Guard, allowed_hosts, script_route
+    from .guard import allowed_hosts, guarded, script_route
     from .workbench import head, theme
 
     demo.queue(max_size=64, default_concurrency_limit=4, api_open=False)
@@ -119,7 +118,7 @@ def start(demo: Any, app: Any, host: str, port: int, scratch: Path) -> None:
         server_name=host,
         server_port=port,
         app_kwargs={
-            "middleware": [Middleware(Guard, hosts=allowed_hosts(host))],
+            "lifespan": guarded(allowed_hosts(host)),
             "routes": [
                 Route(plot.SCRIPT, script_route(plot.SCRIPT_FILE)),
                 Route(downloads.ROUTE, downloads.download_route(app.data)),

@@ -23,8 +23,9 @@ from . import history as undo_stack
 from .components import cards
 from .components.text_panel import TextPanel
 from .context import App
-from .draft import Draft, checked, empty, from_link, link_of
+from .draft import Draft, empty
 from .events import HIDDEN, as_tuple, explained, listed, wire, with_event_data
+from .links import checked, from_link, link_of
 from .machine import machine
 
 # The browser's copy is no secret: the key only keeps its format from being mistaken for another program's.
@@ -53,6 +54,8 @@ class Shell:
         self.job, self.job_status, self.job_progress = gr.State(""), gr.State(""), gr.State("")
         self.saved_draft = gr.BrowserState(None, storage_key=KEY, secret=SECRET)
         self.saved_place = gr.BrowserState(None, storage_key=KEY + "-place", secret=SECRET)
+        self.my_runs = gr.BrowserState([], storage_key=KEY + "-runs", secret=SECRET)
+        """Ids of the jobs that this browser has started: all that a visitor of a Space gets to see."""
         self.timer = gr.Timer(1, active=False)
         self.message: gr.HTML
         self.tabs: gr.Tabs
@@ -244,6 +247,8 @@ class Shell:
         gr.on([self.timer.tick, self.job.change], self._look, [self.job], shown, trigger_mode="always_last", **quick)
         demo.load(self._look, [self.job], shown, **quick)
         self.job.change(_remember_job, [self.job, self.saved_place], [self.saved_place], **quick)
+        if self.app.on_space:
+            self.job.change(_remember_run, [self.job, self.my_runs], [self.my_runs], **quick)
         self._wire(self.stop.click, self._stop, [self.job], [self.job_card])
         self._wire(self.resume.click, self._resume, [self.job], [self.timer])
         for listeners, state in ((self._on_job, self.job_status), (self._on_progress, self.job_progress)):
@@ -324,6 +329,11 @@ def _link(draft: Draft) -> Any:
 
 def _remember_job(job_id: str, place: Any) -> Any:
     return {**(place if isinstance(place, dict) else {}), "job": job_id}
+
+
+def _remember_run(job_id: str, runs: Any) -> Any:
+    known = [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else []
+    return gr.skip() if not job_id or job_id in known else [*known, job_id][-200:]
 
 
 def _next(revision: Any, by: list[int]) -> Any:
