@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from merging.cores import available_cores
-from merging.errors import OutputError
+from merging.errors import AmalgamError, OutputError
 from merging.evaluation.tasks import Task, read_tasks
+from merging.plan import make_plan
 from merging.preview import Preview
 
 from .draft import Draft, active, label_of, recipe_of
 
 PROMPTS, TOKENS = 2, 32
 """Prompts shown of each task, and how long an answer may be."""
+SMALL = 500_000_000
+"""Bytes of a merge whose preview is got ready before it is asked for."""
 MERGE, BASE = "This merge", "Base"
 
 
@@ -65,6 +68,18 @@ class Previews:
             if self._preview is None:
                 self._preview = Preview(threads=self.threads, device=self.device)
             return self._preview
+
+    def warm(self, draft: Draft) -> None:
+        """Start the child process ahead of the first look, which would wait some seconds for its imports. Not where a
+        preview would take much memory, or cannot be."""
+        try:
+            recipe = recipe_of(draft).to_data()
+            with make_plan(recipe_of(draft), offline=True) as plan:
+                if plan.bytes_written > SMALL:
+                    return
+            self.preview().open(recipe)
+        except AmalgamError:
+            pass  # the look will say it
 
     def close(self) -> None:
         """End the child process and give its memory back. The next look starts another."""

@@ -121,7 +121,7 @@ def remarks(lines: Sequence[Line]) -> list[str]:
     if conditional:
         found.append(
             f"{', '.join(conditional)}: set by conditions on names, so tensors of one layer may differ from "
-            "what is shown, which is the first of each layer. Change them in the recipe's text, or apply a value to all "
+            "what is shown, which is the first of each layer. Change them in the recipe's text, or set all "
             "layers below to replace them."
         )
     known = [v for line in lines for v in line.values if v is not None]

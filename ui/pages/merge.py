@@ -16,6 +16,7 @@ from .. import suggestions
 from ..components.cards import text
 from ..components.method_cards import MethodCards, cards_of
 from ..components.method_form import MethodForm, changed, form_of
+from ..components.plain import plain
 from ..context import App
 from ..draft import Draft
 from ..shell import Shell
@@ -28,7 +29,7 @@ def build(app: App, shell: Shell) -> None:
     gr.Markdown("## Merge")
     cards = MethodCards(elem_id="method")
     with gr.Row(elem_classes="tight"):
-        note = gr.HTML(elem_id="suggestion", padding=False)
+        note = plain(elem_id="suggestion")
         use = gr.Button(
             "Use the suggested settings", size="sm", visible=False, elem_id="suggest", min_width=200, scale=0
         )
@@ -39,7 +40,7 @@ def build(app: App, shell: Shell) -> None:
             with gr.Accordion("Advanced: which tensors, number type, vocabulary, misfits, seed", open=False):
                 merge_options.build(shell)
             formula = _Formula(app)
-            estimate = gr.HTML(elem_id="plan", padding=False)
+            estimate = plain(elem_id="plan")
         with gr.Column(scale=5, min_width=320):  # beside the sliders, so that one sees what they do
             sections = [merge_preview.build(app, shell), merge_save.build(app, shell)]
 
@@ -109,7 +110,7 @@ class _Formula:
         with gr.Row(elem_classes="tight"):
             self.layer = gr.Dropdown([], label="Formula for", elem_id="formula-layer", **style)
             self.tensor = gr.Dropdown([], label="Tensor", elem_id="formula-tensor", scale=2, **style)
-        self.card = gr.HTML(elem_id="formula", padding=False)
+        self.card = plain(elem_id="formula")
         self.parts = [self.layer, self.tensor, self.card]
 
     def shown(self, found: Look, layer: Any, tensor: Any) -> list[Any]:

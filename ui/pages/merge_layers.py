@@ -11,6 +11,7 @@ from ..components import coefficients, layer_values
 from ..components.cards import text
 from ..components.coefficients import Curves
 from ..components.method_form import MethodForm
+from ..components.plain import plain
 from ..components.plot import Plot
 from ..context import App
 from ..draft import Draft, active, label_of
@@ -36,7 +37,7 @@ class Editor:
         self.app = app
         with gr.Accordion("By layer: let settings change with depth", open=False, elem_id="by-layer") as self.box:
             self.name = gr.Dropdown([], label="Setting", interactive=True, elem_id="layer-setting")
-            self.words = gr.HTML(padding=False)
+            self.words = plain()
             self.curves = Curves(elem_id="curves")
             with gr.Row(elem_classes="tight wrap"):
                 number: dict[str, Any] = {"interactive": True, "min_width": 80}
@@ -48,7 +49,7 @@ class Editor:
                 self.value = gr.Number(1.0, label="Value", step=0.05, elem_id="range-value", **number)
                 self.apply = gr.Button("Apply to these layers", elem_id="range-apply", min_width=150)
             self.heat = Plot(None, label="Setting by layer", elem_id="layer-heat")
-            self.table = gr.HTML(padding=False)
+            self.table = plain()
         self.parts = [self.name, self.words, self.curves, self.who, self.last, self.heat, self.table]
 
     def connect(self, shell: Shell, form: MethodForm) -> None:

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from merging.errors import AmalgamError, Cancelled
 
 from ..components.cards import text
+from ..components.plain import plain
 from ..components.plot import Plot
 from ..context import App
 from ..draft import Draft, problem_of
@@ -39,11 +40,11 @@ def build(app: App, shell: Shell) -> dict[str, Any]:
         run = gr.Button("Preview", variant="primary", elem_id="preview", elem_classes="run", interactive=False)
         end = gr.Button("End preview", elem_id="preview-end", visible=False)
         keep = gr.Checkbox(True, label="Follow every change", interactive=True, elem_id="preview-follow", min_width=150)
-    why = gr.HTML(elem_id="preview-why", padding=False)
-    state = gr.HTML(EMPTY, elem_id="preview-state", padding=False)
-    table = gr.HTML(elem_id="preview-scores", padding=False)
+    why = plain(elem_id="preview-why")
+    state = plain(EMPTY, elem_id="preview-state")
+    table = plain(elem_id="preview-scores")
     plot = Plot(None, label="Scores of the preview", elem_id="preview-plot")
-    answers = gr.HTML(elem_id="preview-answers", padding=False)
+    answers = plain(elem_id="preview-answers")
     with gr.Accordion("What is asked", open=False):
         limit = gr.Number(
             50, label="Items of each task", minimum=1, maximum=10_000, precision=0, interactive=True,
@@ -64,7 +65,14 @@ def build(app: App, shell: Shell) -> dict[str, Any]:
     shell.act(run.click, partial(_run, previews), asked, shown, **turns)
     shell.act(shell.revision.change, partial(_follow, previews), [opened, keep, *asked], shown, **turns)
     shell.act(end.click, partial(_end, previews), [], shown, concurrency_limit=None)
+    if not app.on_space:
+        shell.act(shell.pages["merge"].select, partial(_warm, previews), shell.draft, shell.message)
     return {"button": run, "why": why}
+
+
+def _warm(previews: Previews, draft: Draft) -> Any:
+    previews.warm(draft)
+    return gr.skip()
 
 
 def _run(previews: Previews, draft: Draft, limit: Any, own: str | None) -> Iterator[Any]:

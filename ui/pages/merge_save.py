@@ -17,6 +17,7 @@ from merging.evaluation.records import read_records_file
 from merging.methods import get_method
 
 from ..components.cards import duration, size, text
+from ..components.plain import plain
 from ..context import App
 from ..draft import Draft, active, label_of, recipe_of
 from ..permits import check_permitted
@@ -30,7 +31,7 @@ def build(app: App, shell: Shell) -> dict[str, Any]:
     """The section. Gives its button and the place for the reason why it is disabled."""
     gr.Markdown("### Merge & save")
     save = gr.Button("Merge & save", variant="primary", elem_id="merge-save", interactive=False)
-    why = gr.HTML(elem_id="merge-why", padding=False)
+    why = plain(elem_id="merge-why")
     with gr.Row(elem_classes="tight wrap"):
         name = gr.Textbox(
             label="Name of the result", placeholder="none: in the folder of its run", max_length=100,
@@ -41,9 +42,9 @@ def build(app: App, shell: Shell) -> dict[str, Any]:
             min_width=120,
         )  # fmt: skip
         score = gr.Checkbox(True, label="Score it afterwards", interactive=True, elem_id="merge-score", min_width=150)
-    where = gr.HTML(elem_id="merge-where", padding=False)
-    tasks = gr.HTML(elem_id="merge-tasks", padding=False)
-    result = gr.HTML(EMPTY, elem_id="merge-result", padding=False)
+    where = plain(elem_id="merge-where")
+    tasks = plain(elem_id="merge-tasks")
+    result = plain(EMPTY, elem_id="merge-result")
     show = gr.Button("Show on the Evaluate page", visible=False, elem_id="merge-evaluate")
     shell.start_on(save.click, partial(job_of, app), [name, score, limit])
     shell.act(name.input, partial(place_words, app), name, where)
