@@ -163,6 +163,17 @@ def demo(method: str, **fields: Any) -> dict[str, Any]:
     return {"base": str(DEMO / "base"), "experts": experts, "method": method} | fields
 
 
+@pytest.mark.parametrize("id_", ["ties-global", "pcb-global"])
+def test_a_global_rule_sees_that_others_are_ranked_with_it(zoo: Zoo, tmp_path: Path, id_: str) -> None:
+    data, kept = recipe_for(next(c for c in CASES if c.id == id_), zoo.paths).to_data(), KeptMerge()
+    kept.merge(data)
+    before = held(kept)
+    data["include"] = {"embeddings": False}
+    assert kept.merge(data)["changed_tensors"] == len([t for t in kept.plan.tensors if t.method is not None]) + 1
+    assert held(kept) == written(data, tmp_path)
+    assert held(kept)["lm_head.weight"] != before["lm_head.weight"]
+
+
 # -- nothing twice ----------------------------------------------------------------------------------------------------
 
 
