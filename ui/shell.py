@@ -56,6 +56,8 @@ class Shell:
         self.saved_place = gr.BrowserState(None, storage_key=KEY + "-place", secret=SECRET)
         self.my_runs = gr.BrowserState([], storage_key=KEY + "-runs", secret=SECRET)
         """Ids of the jobs that this browser has started: all that a visitor of a Space gets to see."""
+        self.results = gr.State("")
+        """The run whose scores the Evaluate page is asked to show."""
         self.timer = gr.Timer(1, active=False)
         self.message: gr.HTML
         self.tabs: gr.Tabs

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from merging.errors import AmalgamError
+from merging.jobs import JobState
+
 from ..context import App
 
 
@@ -18,11 +21,21 @@ def allowed_path(app: App, path: str) -> bool:
         return False
 
 
-def states_of(app: App, removed: bool = False) -> list[Any]:
-    """The run history, newest first. On a Space there are runs of strangers in it: nobody sees it."""
-    if app.jobs is None or app.on_space:
-        return []
-    return list(app.jobs.states(removed))
+def states_of(app: App, mine: Any, removed: bool = False) -> list[JobState]:
+    """The run history, newest first. On a Space only ``mine``, the ids that the visitor's browser knows."""
+    if not app.on_space:
+        return app.jobs.states(removed)
+    found = [state for id in (mine if isinstance(mine, list) else []) if (state := state_of(app, id)) is not None]
+    found = [state for state in found if (state.removed is not None) == removed]
+    return sorted(found, key=lambda state: (state.created, state.id), reverse=True)
+
+
+def state_of(app: App, id: Any) -> JobState | None:
+    """None if there is no such run any more."""
+    try:
+        return app.jobs.state(id) if isinstance(id, str) and id else None
+    except AmalgamError:
+        return None
 
 
 def how_to_work(app: App) -> dict[str, Any]:

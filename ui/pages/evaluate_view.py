@@ -17,7 +17,7 @@ from merging.evaluation.tasks import read_task_file, split_of, task_files
 
 from ..components.cards import text
 from ..components.text_table import table
-from ..draft import Draft, is_on, label_of
+from ..draft import Draft, is_on, label_of, set_tasks
 from ..scored import suggested
 
 KIND_WORDS = {
@@ -95,15 +95,16 @@ def offered_tasks(root: Path, draft: Draft) -> list[TaskFile]:
     return [read_file(path) for path in [*(p for p in draft["tasks"] if p not in ours), *ours]]
 
 
-def added_tasks(draft: Draft, path: str) -> list[str]:
-    """The draft's tasks and those of a file or folder. TaskError E_TASK for what is none."""
+def with_tasks(draft: Draft, path: str) -> tuple[Draft, str]:
+    """The draft with one more task file, or all those of a folder, and an empty text box. TaskError E_TASK for what is
+    none."""
     files = [
         str(file) for file in task_files(os.path.abspath(os.path.expanduser(path.strip())) if path.strip() else "")
     ]
     for file in files:
         if problem := read_file(file).problem:
             raise TaskError("E_TASK", problem)
-    return list(dict.fromkeys([*draft["tasks"], *files]))
+    return set_tasks(draft, list(dict.fromkeys([*draft["tasks"], *files]))), ""
 
 
 def tasks_table(files: Sequence[TaskFile]) -> str:
@@ -313,6 +314,14 @@ def prompts_job(
     named = [[choice.name, choice.reference, choice.role] for choice in models]
     title = f"{_count(len(prompts), 'prompt')} to {_count(len(named), 'model')}"
     return "evaluate", {"models": named, "prompts": prompts, "length": int(length), **how}, title
+
+
+def import_job(path: str) -> tuple[str, dict[str, Any], str]:
+    """To look at what lm-evaluation-harness has written."""
+    path = path.strip()
+    if not path:
+        raise RecipeError("E_RECIPE_INPUTS", "No folder is named.", "", "Name the one given to lm_eval --output_path.")
+    return "import", {"path": os.path.abspath(os.path.expanduser(path))}, f"lm-eval: {Path(path).name}"
 
 
 def answers_table(folder: Path) -> str:

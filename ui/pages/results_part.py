@@ -86,7 +86,8 @@ class ResultsPart:
     def _connect(self) -> None:
         shell, drawn = self.shell, self._drawn()
         opened = [self.split, self.against, self.base, self.owners, self.task, self.model, self.page]
-        shell.on_job(self._offer, self.run, [self.run])
+        shell.on_job(self._offer, self.run, [self.run, shell.my_runs])
+        shell.act(shell.results.change, self._asked_for, [shell.results, self.run, shell.my_runs], self.run)
         event = shell.act(self.run.change, self._open, self.run, [*opened, self.box])
         for start in (event.then, self.split.input):
             shell.act(start, self._draw, [self.run, self.split, self.against], drawn)
@@ -108,14 +109,20 @@ class ResultsPart:
 
     # -- which run ----------------------------------------------------------------------------------------
 
-    def _offer(self, state: Any, chosen: str | None) -> Any:
+    def _offer(self, state: Any, chosen: str | None, mine: Any) -> Any:
         """The runs with results, newest first. One that has just finished is opened."""
-        states = states_of(self.app) or ([state] if state is not None else [])
-        done = [s for s in states if s.status == "finished" and self._has_results(s)]
+        return self._choices(state.id if state is not None else None, chosen, mine)
+
+    def offer_again(self, chosen: str | None, mine: Any) -> Any:
+        return self._choices(None, chosen, mine)
+
+    def _asked_for(self, wanted: str, chosen: str | None, mine: Any) -> Any:
+        return self._choices(wanted, chosen, mine)
+
+    def _choices(self, wanted: str | None, chosen: str | None, mine: Any) -> Any:
+        done = [s for s in states_of(self.app, mine) if s.status == "finished" and self._has_results(s)]
         ids = [s.id for s in done]
-        value = chosen if chosen in ids else (ids[0] if ids else None)
-        if state is not None and state.id in ids:
-            value = state.id
+        value = next((id for id in (wanted, chosen) if id in ids), ids[0] if ids else None)
         return gr.Dropdown(choices=[(run_label(s), s.id) for s in done], value=value)
 
     def _has_results(self, state: Any) -> bool:
