@@ -124,7 +124,10 @@ function fill(data) {
     const same = values.every(v => JSON.stringify(v) === JSON.stringify(values[0])) && !isList(values[0]);
     if (scope === 'all') put(box, { ...own.get(name), required: false, default: null }, same ? values[0] : null);
     else put(box, own.get(name), values[0]);
-    if (scope === 'all') box.querySelector('input[type=number]')?.setAttribute('placeholder', 'different');
+    if (scope !== 'all' || same) return;
+    const known = values.filter(v => typeof v === 'number'), slider = box.querySelector('input[type=range]');
+    box.querySelector('input[type=number]')?.setAttribute('placeholder', 'different');
+    if (slider && slider !== document.activeElement && known.length) slider.value = known.reduce((a, b) => a + b, 0) / known.length;
   });
 }
 function draw() {

@@ -22,8 +22,9 @@ from .layer_values import SHARED, Line
 from .own import no_stub_file
 
 TEMPLATE = (
-    '<div class="curves"><svg viewBox="0 0 720 230" width="100%" role="group"></svg>'
-    '<div class="legend" aria-hidden="true"></div><div class="spoken" role="status" aria-live="polite"></div></div>'
+    '<div class="curves"><svg role="group"></svg>'
+    '<div class="legend" role="group" aria-label="Curve in front"></div>'
+    '<div class="spoken" role="status" aria-live="polite"></div></div>'
 )
 MOST_NUMBERS = 400
 """Cells of the heat map whose numbers are written into them."""
@@ -100,7 +101,7 @@ def numbers_table(name: str, lines: Sequence[Line]) -> str:
     )
     caption = f"{'λ' if name == 'lambda' else name} by layer"
     return (
-        f'<details class="numbers"><summary>The same as a table</summary><div class="scroll"><table>'
+        f'<details class="figures"><summary>The same as a table</summary><div class="scroll"><table>'
         f'<caption>{text(caption)}</caption><thead><tr><th scope="col">Layer</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></details>"
     )

@@ -71,7 +71,7 @@ def yields(kind: type[Method]) -> str:
 def _how_many(kind: type[Method]) -> str:
     least, most = kind.experts_range
     if most is None:
-        return "experts" if least == 1 else f"{least} or more experts"
+        return f"{least} or more experts"
     return f"exactly {least} expert{'s' if least > 1 else ''}"
 
 

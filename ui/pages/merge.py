@@ -56,7 +56,7 @@ def build(app: App, shell: Shell) -> None:
     def planned(draft: Draft, layer: Any, tensor: Any, setting: Any, last: Any) -> Any:
         found = look(app, draft)
         reason = reason_not_to(app, found)
-        doors = [gr.Button(interactive=not reason), f'<p class="why">{text(reason)}</p>' if reason else ""]
+        doors = [gr.Button(interactive=not reason), f'<p class="reason">{text(reason)}</p>' if reason else ""]
         parts = [*formula.shown(found, layer, tensor), *editor.shown(draft, found, setting, last)]
         return (estimate_card(app, found), *parts, *doors, *doors, gr.skip())
 

@@ -38,6 +38,8 @@ class Editor:
         with gr.Accordion("By layer: let settings change with depth", open=False, elem_id="by-layer") as self.box:
             self.name = gr.Dropdown([], label="Setting", interactive=True, elem_id="layer-setting")
             self.words = plain()
+            self.tools = gr.Column(visible=False)
+        with self.box, self.tools:
             self.curves = Curves(elem_id="curves")
             with gr.Row(elem_classes="tight wrap"):
                 number: dict[str, Any] = {"interactive": True, "min_width": 80}
@@ -50,7 +52,7 @@ class Editor:
                 self.apply = gr.Button("Apply to these layers", elem_id="range-apply", min_width=150)
             self.heat = Plot(None, label="Setting by layer", elem_id="layer-heat")
             self.table = plain()
-        self.parts = [self.name, self.words, self.curves, self.who, self.last, self.heat, self.table]
+        self.parts = [self.name, self.words, self.tools, self.curves, self.who, self.last, self.heat, self.table]
 
     def connect(self, shell: Shell, form: MethodForm) -> None:
         shell.edit(self.curves.commit, partial(_moved, self.app), self.name)
@@ -67,7 +69,8 @@ class Editor:
         if problem:
             return [
                 gr.Dropdown(choices=names, value=None),
-                f'<p class="why">{text(problem)}</p>',
+                f'<p class="reason">{text(problem)}</p>',
+                gr.Column(visible=False),
                 "",
                 gr.skip(),
                 gr.skip(),
@@ -86,6 +89,7 @@ class Editor:
         return [
             gr.Dropdown(choices=names, value=name),
             words,
+            gr.Column(visible=True),
             coefficients.curves_of(name, lines, *_ends(draft, name)),
             gr.Dropdown(choices=people),
             end,

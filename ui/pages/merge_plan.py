@@ -59,10 +59,8 @@ def look(app: App, draft: Draft) -> Look:
     if known is not None and time.monotonic() - at < SECONDS:
         return known
     try:
+        check_draft(app, draft)
         recipe = recipe_of(draft)
-        for model in recipe.model_list:
-            for reference in filter(None, (model.model, model.adapter)):
-                check_permitted(app, reference)
         with make_plan(recipe, offline=True) as plan:
             found = Look(plan, None, *_by_layer(plan))
     except AmalgamError as error:
@@ -73,6 +71,13 @@ def look(app: App, draft: Draft) -> Look:
             while len(_kept) > KEPT:
                 _kept.popitem(last=False)
     return found
+
+
+def check_draft(app: App, draft: Draft) -> None:
+    """InputError E_PATH for models and tasks that strangers may not name."""
+    models = [m for m in recipe_of(draft).model_list]
+    for reference in (*(m.model for m in models), *(m.adapter for m in models if m.adapter), *draft["tasks"]):
+        check_permitted(app, reference)
 
 
 def _by_layer(plan: Plan) -> tuple[list[list[str]], list[str]]:
@@ -147,7 +152,7 @@ def _coefficients(plan: Plan) -> str:
     more = f"<p>{len(groups) - len(some)} more groups.</p>" if len(groups) > len(some) else ""
     summary = "one set for all tensors" if len(groups) == 1 else f"{len(groups)} different sets"
     return (
-        f'<details class="numbers"><summary>Effective coefficients: {summary}</summary><div class="scroll"><table>'
+        f'<details class="figures"><summary>Effective coefficients: {summary}</summary><div class="scroll"><table>'
         '<thead><tr><th scope="col">Tensors</th><th scope="col">Settings</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>{more}</details>"
     )
@@ -185,7 +190,7 @@ def _formula(known: Explanation) -> str:
         f"<tr><th scope='row'>{text(symbol)}</th><td>{text(meaning)}</td><td>{_short(value)}</td></tr>"
         for symbol, meaning, value in known.values
     )
-    numbers = f'<details class="numbers"><summary>Numbers</summary><table>{values}</table></details>' if values else ""
+    numbers = f'<details class="figures"><summary>Numbers</summary><table>{values}</table></details>' if values else ""
     shape = " × ".join(f"{n:,}" for n in known.shape) or "1"
     return (
         '<section class="card formula" aria-label="Formula"><h4>Formula</h4>'

@@ -20,6 +20,7 @@ from ..draft import Draft, problem_of
 from ..plots_evaluation import Score, scores
 from ..previews import BASE, MERGE, Previews, Shown
 from ..shell import Shell, explained
+from .merge_plan import check_draft
 
 READING = (
     "Each dot is the share of right answers on the task's first items, the bar its 95 % interval. "
@@ -30,6 +31,9 @@ EMPTY = (
     "asked some of their questions. Nothing is written to the disk. After that, scores follow every change.</p>"
 )
 BEST = "Own expert"
+STALE = (
+    '<p class="reading stale" role="status">These numbers are of an earlier setting: press Preview for new ones.</p>'
+)
 
 
 def build(app: App, shell: Shell) -> dict[str, Any]:
@@ -62,8 +66,8 @@ def build(app: App, shell: Shell) -> dict[str, Any]:
     )
     shown = [state, table, plot, answers, end, opened, shell.message]
     asked = [shell.draft, limit, own]
-    shell.act(run.click, partial(_run, previews), asked, shown, **turns)
-    shell.act(shell.revision.change, partial(_follow, previews), [opened, keep, *asked], shown, **turns)
+    shell.act(run.click, partial(_run, app, previews), asked, shown, **turns)
+    shell.act(shell.revision.change, partial(_follow, app, previews), [opened, keep, *asked], shown, **turns)
     shell.act(end.click, partial(_end, previews), [], shown, concurrency_limit=None)
     if not app.on_space:
         shell.act(shell.pages["merge"].select, partial(_warm, previews), shell.draft, shell.message)
@@ -75,9 +79,10 @@ def _warm(previews: Previews, draft: Draft) -> Any:
     return gr.skip()
 
 
-def _run(previews: Previews, draft: Draft, limit: Any, own: str | None) -> Iterator[Any]:
+def _run(app: App, previews: Previews, draft: Draft, limit: Any, own: str | None) -> Iterator[Any]:
     skip = gr.skip()
     try:
+        check_draft(app, draft)
         for found in previews.look(draft, max(1, int(limit or 50)), (own or "").splitlines()):
             if found.scores:
                 figure = figure_of(found)
@@ -91,11 +96,15 @@ def _run(previews: Previews, draft: Draft, limit: Any, own: str | None) -> Itera
         yield line, "", None, "", skip, skip, explained(error)
 
 
-def _follow(previews: Previews, opened: bool, keep: bool, draft: Draft, limit: Any, own: str | None) -> Iterator[Any]:
-    if not (opened and keep) or problem_of(draft) is not None:
+def _follow(
+    app: App, previews: Previews, opened: bool, keep: bool, draft: Draft, limit: Any, own: str | None
+) -> Iterator[Any]:
+    if not opened:
         yield (gr.skip(),) * 7
+    elif not keep or problem_of(draft) is not None:
+        yield STALE, *(gr.skip(),) * 6
     else:
-        yield from _run(previews, draft, limit, own)
+        yield from _run(app, previews, draft, limit, own)
 
 
 def _end(previews: Previews) -> Any:
@@ -141,9 +150,8 @@ def table_of(found: Shown) -> str:
     for row in merge:
         key = (row["task"], row["metric"])
         expert, score = own.get(key, ("", None))
-        few = ' <span class="badge">few items</span>' if row["right"] is not None and row["items"] < 100 else ""
         lines.append(
-            f'<tr><th scope="row">{text(row["task"])}{few}</th><td>{_cell(base.get(key))}</td>'
+            f'<tr><th scope="row">{text(row["task"])}</th><td>{_cell(base.get(key))}</td>'
             f"<td>{_cell(score)}{f'<br><small>{text(_short(expert))}</small>' if expert else ''}</td>"
             f"<td><b>{_cell(row)}</b></td><td>{_change(row, base.get(key))}</td><td>{_change(row, score)}</td></tr>"
         )

@@ -20,8 +20,8 @@ from ..components.cards import duration, size, text
 from ..components.plain import plain
 from ..context import App
 from ..draft import Draft, active, label_of, recipe_of
-from ..permits import check_permitted
 from ..shell import Shell
+from .merge_plan import check_draft
 
 MODELS = "models"
 EMPTY = '<p class="empty">What a finished merge gave is shown here, and kept on the Runs page.</p>'
@@ -58,8 +58,7 @@ def job_of(app: App, draft: Draft, name: str | None, score: bool, limit: Any) ->
     """The job for ``shell.start_on``. The base and the experts are scored too, to compare with; adapters are not,
     since they cannot be run by themselves."""
     recipe, data, name = recipe_of(draft), active(draft), (name or "").strip()
-    for reference in (*(m.model for m in recipe.model_list), *draft["tasks"]):
-        check_permitted(app, reference)
+    check_draft(app, draft)
     arguments: dict[str, Any] = {
         "recipe": recipe.to_data(), "device": app.device, "threads": app.threads, "offline": app.offline,
     }  # fmt: skip
@@ -150,14 +149,14 @@ def result_card(state: Any) -> str:
 def survival_words(survival: Any) -> str:
     """How much of what was changed is still there after rounding to the output's number type."""
     if not isinstance(survival, dict) or "survived" not in survival:
-        return "not measured: nothing was added to a base"
+        return "not measured: that is only done for 16-bit results of methods with a base"
     share = survival["survived"]
     loss = "" if share > 0.9 else " (a wider number type would keep more: see Advanced)"
     return f"{100 * share:.1f} % of the changed weights are still different from the base after rounding{loss}"
 
 
 def scores_table(result: dict[str, Any]) -> str:
-    """Tasks as rows, models as columns, the merge last."""
+    """Tasks as rows: the base, the expert that the task belongs to (by name, else the best), and the merge."""
     path = result.get("records")
     if not path:
         return ""
@@ -166,23 +165,35 @@ def scores_table(result: dict[str, Any]) -> str:
         scores = {(s.model, s.task): s for s in Overview(file.records, {m.name: m.key for m in file.models}).scores()}
     except AmalgamError as error:
         return f'<p class="warning">The scores cannot be shown: {text(error.what)}</p>'
-    mine = result.get("name")
-    models = sorted({model for model, _ in scores}, key=lambda m: (m == mine, m != "base", m))
-    tasks = list(dict.fromkeys(task for _, task in scores))
-    head = "".join(f'<th scope="col">{"This merge" if m == mine else text(m)}</th>' for m in models)
+    roles = {model.name: model.role for model in file.models}
+    base = next((name for name, role in roles.items() if role == "base"), "")
     lines = []
-    for task in tasks:
-        cells = "".join(f"<td>{_cell(scores.get((m, task)), m == mine)}</td>" for m in models)
-        lines.append(f'<tr><th scope="row">{text(task)}</th>{cells}</tr>')
+    for task in dict.fromkeys(task for _, task in scores):
+        experts = [scores[name, task] for name, role in roles.items() if role == "expert" and (name, task) in scores]
+        named = [s for s in experts if short(s.model).lower() == task.split(".")[0].lower()]
+        own = named[0] if named else max(experts, key=_goodness, default=None)
+        cells = [_cell(scores.get((base, task))), _cell(own, short(own.model) if own else ""),
+                 f"<b>{_cell(scores.get((str(result.get('name')), task)))}</b>"]  # fmt: skip
+        lines.append(f'<tr><th scope="row">{text(task)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    head = "".join(f'<th scope="col">{word}</th>' for word in ("Task", "Base", "Own expert", "This merge"))
     return (
-        f'<div class="scroll"><table class="scores"><caption>Scores</caption><thead><tr><th scope="col">Task</th>{head}'
+        f'<div class="scroll"><table class="scores"><caption>Scores</caption><thead><tr>{head}'
         f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def _cell(score: Any, bold: bool) -> str:
+def _goodness(score: Any) -> float:
+    return score.mean if score.correct is not None else -score.mean
+
+
+def short(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _cell(score: Any, who: str = "") -> str:
     if score is None:
         return "–"
-    shown = f"{100 * score.mean:.1f} %" if score.correct is not None else f"{score.mean:.4g}"
-    more = f" <small>{score.correct}/{score.items}</small>" if score.correct is not None else ""
-    return f"<b>{shown}</b>{more}" if bold else f"{shown}{more}"
+    name = f"<br><small>{text(who)}</small>" if who else ""
+    if score.correct is None:
+        return f"{score.mean:.4g}{name}"
+    return f"{100 * score.mean:.1f} % <small>{score.correct}/{score.items}</small>{name}"
