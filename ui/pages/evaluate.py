@@ -54,7 +54,7 @@ class Setup:
         self.tasks_info = gr.HTML(padding=False, elem_id="tasks-info")
         if self.app.on_space:
             return
-        with gr.Row(elem_classes="tight", equal_height=True):
+        with gr.Row(elem_classes="tight end"):
             path = gr.Textbox(
                 label="Add a task file, or a folder of them", placeholder="/home/me/tasks/sort.jsonl",
                 elem_id="task-path", scale=4,
@@ -94,7 +94,7 @@ class Setup:
     def _import_part(self) -> None:
         with gr.Accordion("Results of lm-evaluation-harness", open=False, elem_id="import-box"):
             gr.Markdown(IMPORT)
-            with gr.Row(elem_classes="tight", equal_height=True):
+            with gr.Row(elem_classes="tight end"):
                 folder = gr.Textbox(label="Folder", placeholder="/home/me/lm_eval_results", elem_id="import-path")
                 bring = gr.Button("Import", elem_id="import", min_width=80, scale=0)
             self.shell.start_on(bring.click, lambda draft, path: view.import_job(path), [folder])

@@ -55,6 +55,8 @@ class Runs:
             )  # fmt: skip
             self.removed = gr.Checkbox(False, label="Show removed ones", interactive=True, elem_id="run-removed")
         self.list = RunList(elem_id="run-list", label="Runs")
+        self.later = gr.Timer(1, active=False)
+        """Ticks while scores of the list are not known yet."""
         self._actions_part()
         self._details_part()
         self._compare_part()
@@ -114,9 +116,10 @@ class Runs:
     def _connect(self) -> None:
         shell, mine = self.shell, self.shell.my_runs
         controls = [self.words, self.kind, self.order, self.removed, self.chosen, mine]
-        listed = [self.list, self.kind, self.chosen, self.purge_row, self.sure_row]
+        listed = [self.list, self.kind, self.chosen, self.purge_row, self.sure_row, self.later]
         shell.on_job(self._after_job, listed, controls)
-        shell.act(shell.page("runs").select, self._listed, controls, listed)
+        for event in (shell.page("runs").select, self.later.tick):
+            shell.act(event, self._listed, controls, listed)
         for control in (self.words, self.kind, self.order, self.removed):
             shell.act(control.input, self._listed, controls, listed, trigger_mode="always_last")
         shell.act(self.list.choose, self._choose, mine, self.chosen, trigger_mode="always_last")
@@ -174,6 +177,7 @@ class Runs:
             kept if kept != chosen else gr.skip(),
             gr.Row(visible=removed and bool(lines) and not self.app.on_space),
             gr.Row(visible=False),
+            gr.Timer(active=any(line.pending for line in lines)),
         )
 
     def _choose(self, mine: Any, event: gr.EventData) -> Any:
