@@ -97,6 +97,8 @@ function draw() {
   own = figure.layout?.shapes || [];
   cursor = null;
   spoken.textContent = '';
+  // When a responsive chart is resized, plotly forgets its height and takes that of its box.
+  plot.style.height = figure.layout?.height ? `${figure.layout.height}px` : '';
   plot.setAttribute('aria-label', (props.label || 'Chart') + '. Arrow keys move, Enter chooses.');
   Plotly.react(plot, figure.data, { ...figure.layout, ...clear, template: template() }, { ...CONFIG, ...(figure.config || {}) });
   if (plot.__wired) return;
