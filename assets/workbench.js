@@ -23,22 +23,21 @@
   new MutationObserver(paint).observe(document.body, { attributes: true, attributeFilter: ['class'] });
 
   // -- tabs: the address remembers the open one ------------------------------------------------------------
-  const tabs = () => [...document.querySelectorAll('#pages > .tab-wrapper button[role="tab"], #pages > div button[role="tab"]')]
-    .filter(b => b.closest('#pages') === one('#pages') && !b.closest('[role="tabpanel"]') && !b.closest('.visually-hidden'));
+  const tabs = () => [...document.querySelectorAll('#pages > .tab-wrapper > [role="tablist"] > [role="tab"]')];
   const name = tab => tab.textContent.trim().toLowerCase();
   const remember = () => {
     const chosen = tabs().find(t => t.getAttribute('aria-selected') === 'true');
     if (chosen && location.hash.slice(1) !== name(chosen)) history.replaceState(null, '', '#' + name(chosen));
   };
-  let restored = false;
-  const restore = () => {
+  const follow = () => tabs().find(t => name(t) === location.hash.slice(1))?.click();
+  const arrival = setInterval(() => { // the tabs come some time after this script
     if (!tabs().length) return;
-    const chosen = tabs().find(t => name(t) === location.hash.slice(1));
-    if (!restored) { restored = true; if (chosen) chosen.click(); }
-  };
-  const watcher = new MutationObserver(() => { restore(); if (restored) remember(); });
-  watcher.observe(document.body, { subtree: true, childList: true, attributes: true, attributeFilter: ['aria-selected'] });
-  addEventListener('hashchange', () => tabs().find(t => name(t) === location.hash.slice(1))?.click());
+    clearInterval(arrival);
+    follow();
+    new MutationObserver(remember).observe(tabs()[0].parentElement, { subtree: true, attributeFilter: ['aria-selected'] });
+    setTimeout(remember, 300);
+  }, 50);
+  addEventListener('hashchange', follow);
 
   // -- the recipe as text, beside the pages -----------------------------------------------------------------
   window.amalgamText = (open = !document.body.classList.contains('text-open')) => {

@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -78,7 +78,7 @@ def checked(data: Any) -> Draft:
         check(Model.model_validate, recipe["base"])
     need(len(set(labels(draft))) == len(experts), "two experts have one name")
     for name in set(recipe) - {"experts", "base"}:
-        kind: Any = Recipe.model_fields[name].annotation
+        kind = cast(Any, Recipe.model_fields[name].annotation)
         check(TypeAdapter(kind).validate_python, recipe[name], f"The field {name} is not usable")
     need(recipe.get("method", "ties") in METHODS, "its method is unknown")
     for key, shape in BESIDES.items():
