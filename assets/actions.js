@@ -14,7 +14,8 @@ function draw() {
   let next = named(key);
   if (next && typed !== null) next.value = typed;
   if (next?.disabled) next = next.closest('.item')?.querySelector('button:not([disabled])');
-  if (!next && card >= 0) next = cards()[Math.min(card, cards().length - 1)]?.querySelector('button:not([disabled]), input');
+  const near = card >= 0 ? cards()[Math.min(card, cards().length - 1)] : null; // renamed, or gone: what is in its place
+  if (!next && near) next = near.querySelector(`[data-act="${held.dataset.act}"]:not([disabled])`) || near.querySelector('button:not([disabled])');
   (next || place).focus({ preventScroll: true });
 }
 function tell(node, value) { trigger('act', { act: node.dataset.act, of: node.dataset.of || '', value }); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def check_permitted(app: App, reference: str) -> None:
     if not app.on_space:
         return
     path_like = _PATH.match(reference) or "\\" in reference or reference.endswith(".safetensors")
-    if (path_like or Path(reference).exists()) and not is_demo(reference):
+    if (path_like or os.path.exists(reference)) and not is_demo(reference):
         raise InputError(
             "E_PATH",
             "Paths cannot be used here.",

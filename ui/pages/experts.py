@@ -108,7 +108,7 @@ class Experts:
                 kinds = [("Models", "models"), ("Adapters", "adapters")]
                 kind = gr.Radio(kinds, value="models", label="Search for", elem_id="hub-kind", scale=0, min_width=230)
                 search = gr.Button(
-                    "Search the Hub", interactive=not offline, elem_id="hub-search", min_width=150, scale=0
+                    "Search the Hub", interactive=not offline, elem_id="hub-search", min_width=190, scale=0
                 )
             if offline:
                 why = (
@@ -185,14 +185,14 @@ class Experts:
     # -- the doctor ---------------------------------------------------------------------------------------
 
     def doctor(self) -> None:
-        with gr.Row(elem_classes="tight"):
+        with gr.Row(visible=False, elem_classes="tight") as head:
             gr.HTML("<h2>Do they fit?</h2>", padding=False)
             again = gr.Button("Check again", size="sm", elem_id="check-again", min_width=110, scale=0)
-        self.findings = ActionList(doctor(None, 0), label="Findings", elem_id="findings")
+        self.findings = ActionList(label="Findings", elem_id="findings")
         # Changes whenever there is something new to look at; the look itself is an event of its own.
         self.wanted = gr.State("")
         times = gr.State(0)
-        self.shell.on_draft(_key, self.wanted)
+        self.shell.on_draft(_wanted, [self.wanted, head])
         self.shell.on_job(_after_download, times, [times])
         self.shell.act(again.click, _one_more, [times], [times])
         for event in (self.wanted.change, times.change):
@@ -203,17 +203,16 @@ class Experts:
 
     def _look(self, draft: Draft) -> Iterator[Any]:
         """The findings, and the cards with the facts that were found on the way."""
-        count = len(draft["recipe"]["experts"])
-        if not count and not draft["recipe"].get("base"):
-            yield doctor(None, 0), gr.skip(), gr.skip()
+        if not names_of(draft["recipe"]):
+            yield "", gr.skip(), gr.skip()
             return
         look = self.pool.submit(self.looks.look, draft)
         try:
             found = look.result(PATIENCE)
         except NotYet:
-            yield doctor(None, 1), gr.skip(), gr.skip()
+            yield doctor(None), gr.skip(), gr.skip()
             found = look.result()
-        yield doctor(found, count), model_cards(self.app, draft, self.looks), gr.skip()
+        yield doctor(found), model_cards(self.app, draft, self.looks), gr.skip()
 
     def _fix(self, draft: Draft, event: gr.EventData) -> tuple[Draft, Any, str]:
         wanted = act_of(event).of
@@ -271,9 +270,10 @@ def _has_experts(draft: Draft) -> Any:
     return gr.Row(visible=bool(draft["recipe"]["experts"]))
 
 
-def _key(draft: Draft) -> str:
+def _wanted(draft: Draft) -> Any:
     data = active(draft)
-    return hashlib.sha256(json.dumps([data, names_of(data)], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return key, gr.Row(visible=bool(names_of(draft["recipe"])))
 
 
 def _after_download(state: Any, times: int) -> Any:

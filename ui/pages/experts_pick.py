@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Sources:
         if not typed:
             raise InputError("E_NOT_FOUND", "No path was typed.", "", "Type the path of a folder or file.")
         check_permitted(self.app, typed)
-        path = Path(typed).expanduser()
+        path = Path(os.path.expanduser(typed))
         if not path.is_absolute():
             fix = "Type the whole path, from / or ~. A model of the Hub is chosen with “Choose from the Hub”."
             raise InputError("E_NOT_FOUND", f"{typed[:120]!r} is no whole path.", "", fix)

@@ -84,7 +84,8 @@ def _facts(app: App, model: Any, looks: Looks) -> str:
     source = source_of(app, adapter or reference)
     on = f" on {text(_short(model['model']))}" if adapter else ""
     if known is None:
-        return f'<p class="source">{source}{on}</p>'
+        absent = " · not looked at yet" if "href" in source else ""
+        return f'<p class="source">{source}{on}{absent}</p>'
     facts, where = known
     kind = {"folder": "folder", "file": "one file", "adapter": "LoRA adapter"}[facts.kind]
     if "@" in where:
@@ -113,10 +114,8 @@ def _short(reference: str) -> str:
 # -- the doctor ---------------------------------------------------------------------------------------------------
 
 
-def doctor(found: Preflight | None, experts: int) -> str:
-    """The findings: problems first, what fits folded away."""
-    if not experts and (found is None or not found.checks):
-        return '<p class="hint">Choose models: then their headers are checked here, before any weight is read.</p>'
+def doctor(found: Preflight | None) -> str:
+    """The findings: problems first, what fits folded away. None: they are being looked for."""
     if found is None:
         return '<p class="hint" role="status">Looking at the headers…</p>'
     good = [check for check in found.checks if check.finding.severity == "ok" or check.settled]
@@ -133,6 +132,8 @@ def doctor(found: Preflight | None, experts: int) -> str:
 
 
 def _summary(found: Preflight) -> str:
+    if not found.checks:
+        return "One model alone: there is nothing to compare yet."
     counts = {s: sum(c.finding.severity == s and not c.settled for c in found.checks) for s in WORDS}
     words = [f"{counts[s]} {s}{'s' if counts[s] > 1 else ''}" for s in ("problem", "warning", "note") if counts[s]]
     if not words:
