@@ -171,10 +171,9 @@ def offered_models(draft: Draft, states: Iterable[Any]) -> tuple[list[ModelChoic
             ModelChoice(f"expert:{label}", f"Expert · {name}", _unique(name, taken), expert["model"], "expert")
         )
     merges = [s for s in states if s.kind == "merge" and s.status == "finished" and s.result]
+    merges = [s for s in merges if os.path.isfile(os.path.join(str(s.result.get("model", "")), "config.json"))]
     for number, state in enumerate(merges[:OFFERED_MERGES]):
-        folder = str(state.result.get("model", ""))
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            continue
+        folder = str(state.result["model"])
         title = state.title or str(state.result.get("method", "merge"))
         choices.append(
             ModelChoice(
