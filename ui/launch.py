@@ -45,7 +45,11 @@ def run(options: argparse.Namespace) -> int:
     from . import workbench
 
     demo = workbench.build(app)
-    start(demo, app, host, port, scratch)
+    try:
+        start(demo, app, host, port, scratch)
+    except OSError as error:  # somebody was faster
+        why = f"{error.strerror or error}."
+        raise OutputError("E_ADDRESS", f"{host}:{port} cannot be listened at.", why, "Start again.") from None
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else f'[{host}]' if ':' in host else host}:{port}"
     print(f"Amalgam is open at {url} (Ctrl-C stops it; running jobs go on)", flush=True)
     done = threading.Event()

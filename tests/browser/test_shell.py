@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from .conftest import Site, ready
+from merging.jobs import Jobs
 
-
-def open_page(page: Any, name: str) -> None:
-    page.click(f"#page-{name}-button")
-    page.wait_for_selector(f"#page-{name}-button[aria-selected=true]")
+from .conftest import ROOT, Site, ready
 
 
 def choose_type(page: Any, name: str) -> None:
@@ -277,3 +275,33 @@ def test_charts_can_be_saved(window: Callable[..., Any], plots: Site, kind: str)
     assert download.value.suggested_filename == f"change-per-layer.{kind}"
     content = download.value.path().read_bytes()
     assert content.startswith({"png": b"\x89PNG", "svg": b"<svg", "json": b'{"data"'}[kind])
+
+
+# -- jobs -----------------------------------------------------------------------------------------------
+
+
+def test_a_job_of_another_window_is_shown_stopped_and_resumed(window: Callable[..., Any], site: Site) -> None:
+    demo = ROOT / "assets" / "demo"
+    tasks = [str(demo / "tasks" / f"{name}.jsonl") for name in ("sort", "rotate", "unique", "reverse")]
+    models = [[name, str(demo / "experts" / name), "expert"] for name in ("sort", "rotate", "unique", "reverse")]
+    jobs = Jobs(site.data / "runs")
+    job = jobs.start("evaluate", {"models": models, "tasks": tasks}, "Scores <b>of</b> experts")
+    first = window(site)
+    first.wait_for_selector("#job-card .job.running, #job-card .job.waiting")
+    assert "Scores <b>of</b> experts" in first.inner_text("#job-card"), "a title is text"
+    second = window(site)
+    second.wait_for_selector("#stop", state="visible")
+    began = time.monotonic()
+    second.click("#stop")
+    while jobs.state(job).alive:
+        assert time.monotonic() < began + 20  # 2 s on an idle machine
+        time.sleep(0.05)
+    for page in (first, second):
+        page.wait_for_selector("#job-card .job.cancelled")
+        page.wait_for_selector("#resume", state="visible")
+    first.click("#resume")
+    first.wait_for_selector("#job-card .job.running, #job-card .job.waiting, #job-card .job.finished")
+    first.wait_for_selector("#job-card .job.finished")
+    assert not first.is_visible("#stop") and not first.is_visible("#resume")
+    kept = json.loads((site.data / "runs" / job / "job.json").read_text())
+    assert kept["kind"] == "evaluate"
