@@ -12,10 +12,10 @@ function draw() {
   for (const k of open) { const d = named(k); if (d) d.open = true; }
   if (!held) return;
   let next = named(key);
-  if (next && typed !== null) next.value = typed;
   if (next?.disabled) next = next.closest('.item')?.querySelector('button:not([disabled])');
   const near = card >= 0 ? cards()[Math.min(card, cards().length - 1)] : null; // renamed, or gone: what is in its place
   if (!next && near) next = near.querySelector(`[data-act="${held.dataset.act}"]:not([disabled])`) || near.querySelector('button:not([disabled])');
+  if (typed !== null && next?.dataset.act === held.dataset.act) next.value = typed;
   (next || place).focus({ preventScroll: true });
 }
 function tell(node, value) { trigger('act', { act: node.dataset.act, of: node.dataset.of || '', value }); }

@@ -82,7 +82,7 @@ def test_the_demo_is_one_click_and_its_cards_obey_the_keyboard(window: Callable[
     page.keyboard.type("<i>sorter</i>")
     page.keyboard.press("Tab")
     page.wait_for_function(NAMES, arg="unique,reverse,<i>sorter</i>,rotate")
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Weight of <i>sorter</i>"
+    page.wait_for_function("document.activeElement.getAttribute('aria-label') === 'Weight of <i>sorter</i>'")
     page.keyboard.type("0.25")
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('#recipe-card').textContent.includes('0.25')")
