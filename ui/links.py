@@ -36,7 +36,7 @@ def link_of(draft: Draft) -> str:
 
 
 def encoded(data: Any) -> str:
-    packed = zlib.compress(json.dumps(data, separators=(",", ":"), sort_keys=True, allow_nan=False).encode(), 9)
+    packed = zlib.compress(json.dumps(data, separators=(",", ":"), allow_nan=False).encode(), 9)
     return base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
 

@@ -46,6 +46,7 @@ def test_recipe_text_and_link_give_the_same_recipe_back(method: str) -> None:
     assert d.recipe_of(d.from_recipe(recipe)) == recipe
     assert d.recipe_of(d.from_yaml(d.yaml_of(draft))) == recipe
     assert d.recipe_of(links.from_link(links.link_of(draft))) == recipe
+    assert d.yaml_of(links.from_link(links.link_of(draft))) == d.yaml_of(draft), "also in the same order"
     assert links.checked(json.loads(json.dumps(draft))) == draft
 
 
