@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io
 
+plotly.io.templates.default = None  # ours is given by ``finish``, or by the page: no figure has to carry Plotly's first
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 """Okabe and Ito's colours for categories; their yellow and black, which vanish on one of the two backgrounds, are
 replaced by a brown and a grey."""
@@ -55,13 +57,15 @@ LIGHT = _template("#1b1f24", "#ffffff", "#e6e8eb", "#9aa1a9", "#f3f4f6")
 DARK = _template("#e6e8eb", "#15181c", "#2d3238", "#6b737c", "#24292f")
 
 
-def finish(figure: go.Figure, height: int, *, dark: bool = False, **layout: Any) -> go.Figure:
-    """Give a figure its look and height in pixels, and room for a legend below if it has one."""
+def finish(figure: go.Figure, height: int, *, dark: bool | None = False, **layout: Any) -> go.Figure:
+    """Give a figure its look and height in pixels, and room for a legend below if it has one. ``dark``: None leaves the
+    look to the page that shows it."""
     listed = {trace.name for trace in figure.data if trace.showlegend is not False and trace.type != "heatmap"}
     bottom = 50 if len(listed) < 2 else 105
     margin = {"l": 60, "r": 20, "t": 40, "b": bottom}
-    look = DARK if dark else LIGHT
-    figure.update_layout(template=look, height=height + bottom - 50, margin=margin, **layout)
+    if dark is not None:
+        layout["template"] = DARK if dark else LIGHT
+    figure.update_layout(height=height + bottom - 50, margin=margin, **layout)
     return figure
 
 
@@ -79,7 +83,9 @@ def style(number: int) -> dict[str, Any]:
 
 
 def marker(number: int) -> dict[str, Any]:
-    return {"color": OKABE_ITO[number % len(OKABE_ITO)], "symbol": MARKERS[(number * 5) % len(MARKERS)], "size": 8}
+    """Colour and symbol of the points with this number. No two of the first 64 are the same."""
+    symbol = MARKERS[(number * 5 + number // len(OKABE_ITO)) % len(MARKERS)]
+    return {"color": OKABE_ITO[number % len(OKABE_ITO)], "symbol": symbol, "size": 8}
 
 
 def pattern_of(shape: str) -> dict[str, Any]:

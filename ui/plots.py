@@ -84,7 +84,7 @@ class Curve:
 # -- spectra ------------------------------------------------------------------------------------------------------
 
 
-def spectra(curves: Sequence[Curve], *, dark: bool = False) -> go.Figure:
+def spectra(curves: Sequence[Curve], *, dark: bool | None = False) -> go.Figure:
     """Left: singular values σ_i/σ_1 of one matrix of each task vector, logarithmic; dotted: where they would end if the
     same energy were noise. Right: share of ‖τ‖² in the first k directions, with the k that reach 90 % marked.
 

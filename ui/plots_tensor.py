@@ -1,4 +1,4 @@
-"""Figures of one tensor: where its changes lie, and whose signs disagree."""
+"""Figures of the Analyse page: a map to be clicked, where the changes of a tensor lie, and whose signs disagree."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cell_map(
             name="selected", type="rect", x0=at - 0.5, x1=at + 0.5, y0=selected[0] - 0.5, y1=selected[0] + 0.5,
             line={"color": MARK, "width": 3})  # fmt: skip
     figure.update_xaxes(showgrid=False, side="top")
-    finish(figure, min(1000, 110 + max(6, len(grid.layers)) * 22))
+    finish(figure, min(1000, 110 + max(6, len(grid.layers)) * 22), dark=None)
     return figure.update_layout(margin={"l": 50, "r": 10, "t": 30, "b": 10})
 
 
@@ -54,7 +54,7 @@ def histogram(names: Sequence[str], centres: np.ndarray, counts: np.ndarray) -> 
         title_text="τ of a weight", tickformat=".1~e" if np.abs(centres).max() < 1e-2 else None, nticks=7
     )
     figure.update_yaxes(type="log", title_text="share of the weights", exponentformat="power", dtick=1)
-    return finish(figure, 320)
+    return finish(figure, 320, dark=None)
 
 
 def pair_signs(
@@ -74,4 +74,5 @@ def pair_signs(
             hovertemplate="%{y}<br>%{x:.1%} %{fullData.name}<extra></extra>")  # fmt: skip
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(range=[0, 1], tickformat=".0%", title_text="share of the kept entries, by size")
-    return finish(figure, 110 + 26 * max(3, len(pairs)), barmode="stack", bargap=0.25, legend_traceorder="normal")
+    figure.update_layout(barmode="stack", bargap=0.25, legend_traceorder="normal")
+    return finish(figure, 110 + 26 * max(3, len(pairs)), dark=None)

@@ -94,7 +94,16 @@ def build(app: App) -> gr.Blocks:
             with gr.Column(elem_id="text-panel", min_width=0):
                 shell.yaml_panel()
         shell.connect(demo)
+        _quiet(demo, shell)
     return demo
+
+
+def _quiet(demo: gr.Blocks, shell: Shell) -> None:
+    """Every event tells each of its outputs, and all that ever were one, that it is pending and then done: with a few
+    hundred components that takes the browser longer than the event. Nothing shows it, so only one of them is told."""
+    for function in demo.fns.values():
+        if function.show_progress == "hidden":
+            function.show_progress_on = [shell.message]
 
 
 def _build_pages(app: App, shell: Shell) -> None:

@@ -27,7 +27,8 @@ from ..draft import Draft
 from ..shell import Shell
 from .access import allowed_path
 from .analyse_cells import tensors_at
-from .analyse_drawing import choosers, detail_parts, map_parts, quiet
+from .analyse_detail import words_of
+from .analyse_drawing import choosers, detail_parts, filter_choices, map_parts, quiet
 from .analyse_findings import findings_html, has_place, place_of
 from .analyse_state import Answers, add_condition, arguments_of, is_about, models_of, question_of, weight_problem
 from .analyse_status import merged_models, status_html
@@ -149,13 +150,11 @@ class Page:
             shell.act(changed, self._look, [self.asked, shell.job, self.token], top, trigger_mode="always_last")
         self.choosers = [self.metric, self.whose, self.tensor]
         self.map_parts = [self.map_words, self.map, self.map_table]
-        self.detail_parts = [
-            *[self.head, self.spectrum, self.spectrum_words, self.histogram, self.histogram_words],
-            *[self.signs, self.signs_words, self.numbers, self.pairs, self.wanted, self.expert],
-        ]
+        self.detail_parts = [self.head, self.spectrum, self.histogram, self.signs, self.numbers, self.pairs]
+        self.words = [self.spectrum_words, self.histogram_words, self.signs_words]
         self.chart_parts = [o for views in self.charts.values() for view in views for o in view.outputs]
         known, chosen = [self.token, self.asked], [self.metric, self.whose, self.tensor]
-        everything = [*self.choosers, *self.map_parts, *self.detail_parts, *self.chart_parts]
+        everything = [*self.choosers, *self.map_parts, *self.detail_parts, *self.words, *self.chart_parts]
         shell.act(self.token.change, self._show, [*known, self.view, *chosen], everything)
         for view, tab in tabs.items():
             shell.act(tab.select, self._opened(view), [*known, *chosen], [self.view, *everything])
@@ -167,6 +166,8 @@ class Page:
                   trigger_mode="always_last")  # fmt: skip
         shell.act(self.findings.pick, self._picked, known,
                   [self.views, self.view, *self.choosers, *self.map_parts, *self.detail_parts])  # fmt: skip
+        shell.act(self.tensor.change, self._filters, [*known, self.tensor], [self.wanted, self.expert],
+                  trigger_mode="always_last")  # fmt: skip
         shell.edit(self.use.click, self._use, [*known, self.wanted, self.expert, self.weight], [self.use_note])
         for button, kind in ((self.json, "json"), (self.html, "html")):
             saving = shell.act(button.click, self._save(kind), known, [self.saved])
@@ -233,11 +234,13 @@ class Page:
                   for part in one.show(self.answers.chart(token, asked, chart) if name == view else None)]  # fmt: skip
         if found is None or view != "map":
             figures = (self.map, self.spectrum, self.histogram, self.signs)
-            shown = [*self.choosers, *self.map_parts, *self.detail_parts]
+            shown = [*self.choosers, *self.map_parts, *self.detail_parts, *self.words]
             return *(None if part in figures else gr.skip() for part in shown), *charts
         values, key, whose, tensor = choosers(self.answers, token, asked, key, whose, tensor)
         parts = map_parts(self.answers, token, asked, key, whose, tensor)
-        return *values, *parts, *detail_parts(found, asked, tensor), *charts
+        words = words_of(found)
+        words_parts = words.spectrum, words.histogram, words.signs
+        return *values, *parts, *detail_parts(found, tensor), *words_parts, *charts
 
     def _opened(self, view: str) -> Any:
         def opened(token: str, asked: str, key: str, whose: str, tensor: str) -> Any:
@@ -252,7 +255,7 @@ class Page:
 
     def _chosen(self, token: str, asked: str, key: str, whose: str, tensor: str) -> Any:
         found = self._found(token, asked)
-        return *map_parts(self.answers, token, asked, key, whose, tensor), *detail_parts(found, asked, tensor)
+        return *map_parts(self.answers, token, asked, key, whose, tensor), *detail_parts(found, tensor)
 
     def _clicked(self, event: gr.EventData, token: str, asked: str) -> Any:
         point = event.points[0]
@@ -260,7 +263,7 @@ class Page:
         tensors = tensors_at(found, point["y"], point["x"])
         if not tensors:
             return gr.skip()
-        return gr.Dropdown(value=tensors[0]), *detail_parts(found, asked, tensors[0])
+        return gr.Dropdown(value=tensors[0]), *detail_parts(found, tensors[0])
 
     def _picked(self, event: gr.EventData, token: str, asked: str) -> Any:
         """A finding's place in the map."""
@@ -270,7 +273,7 @@ class Page:
             raise RecipeError("E_RECIPE_INPUTS", "There is no place in the map that shows this.")
         values, key, whose, tensor = choosers(self.answers, token, asked, place.metric, place.whose, place.tensor)
         parts = map_parts(self.answers, token, asked, key, whose, tensor)
-        return gr.Tabs(selected="map"), "map", *values, *parts, *detail_parts(found, asked, tensor)
+        return gr.Tabs(selected="map"), "map", *values, *parts, *detail_parts(found, tensor)
 
     def _found(self, token: str, asked: str) -> Any:
         found = self.answers.get(token, asked)
@@ -279,6 +282,10 @@ class Page:
         return found
 
     # -- what it is used for -----------------------------------------------------------------------------------
+
+    def _filters(self, token: str, asked: str, tensor: str) -> Any:
+        found = self.answers.get(token, asked)
+        return filter_choices(found, asked, tensor) if found and tensor in found.places else (gr.skip(), gr.skip())
 
     def _use(self, draft: Draft, token: str, asked: str, wanted: str, expert: str, weight: float | None) -> Any:
         new = add_condition(draft, expert or "", wanted or "", float(weight or 0.0))

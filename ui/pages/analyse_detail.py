@@ -11,6 +11,7 @@ from merging.analysis.histogram import Histogram
 from merging.analysis.inspection import Inspection
 from merging.analysis.models import MERGED
 from merging.analysis.spectra import Spectrum
+from merging.analysis.trimmed import TrimmedTensor
 
 from .. import plots, plots_tensor
 from ..chart import MOST_LINES, Table, pairs_of
@@ -19,47 +20,81 @@ from ..components.cards import text
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """What is shown of a tensor. A figure is None where there is nothing to draw; its words then say why."""
+    """What is shown of a tensor. A figure is None where there is nothing to draw; the head then says why."""
 
     head: str
     spectrum: go.Figure | None
-    spectrum_words: str
+    histogram: go.Figure | None
     signs: go.Figure | None
-    signs_words: str
     numbers: Table
     pairs: Table | None
 
 
-def detail_of(result: Inspection, tensor: str) -> Detail:
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How to read the figures of any tensor: HTML."""
+
+    spectrum: str
+    histogram: str
+    signs: str
+
+
+def detail_of(result: Inspection, tensor: str, histogram: Histogram | str) -> Detail:
+    """``histogram``: or why there is none."""
     own = [s for s in result.spectra or [] if s.tensor == tensor and s.of in _drawn(result)]
-    signs, signs_words = _signs(result, tensor)
+    notes, trimmed = [], [t for t in result.trimmed.tensors if t.name == tensor] if result.trimmed else []
+    if result.spectra is not None and not own:
+        notes.append("It is no single matrix, so it has no spectrum.")
+    if isinstance(histogram, str):
+        notes.append(histogram)
+    elif not histogram.exact:
+        notes.append(f"The histogram is sampled: {histogram.read:,} of {histogram.numel:,} weights, in even runs.")
     return Detail(
-        _head(result, tensor),
-        plots.spectra([_curve(one) for one in own]) if own else None,
-        _spectrum_words(result, own),
-        signs,
-        signs_words,
+        _head(result, tensor, notes),
+        plots.spectra([_curve(one) for one in own], dark=None) if own else None,
+        None if isinstance(histogram, str) else _histogram(histogram),
+        _signs(result, trimmed) if trimmed and len(result.names) > 1 else None,
         _numbers(result, tensor, own),
         _pairs(result, tensor),
     )
 
 
-def histogram_words(histogram: Histogram) -> str:
-    """HTML."""
-    basis = (
-        "Exact: all weights of the tensor."
-        if histogram.exact
-        else f"Sampled: {histogram.read:,} of {histogram.numel:,} weights, in evenly spaced runs."
-    )
-    return _words(
+def words_of(result: Inspection) -> Words:
+    if result.spectra is None:
+        spectrum = _words("Singular values are not computed yet, or were not asked for.")
+    else:
+        tail = " Everything behind the first values is estimated." * any(s.estimated_tail for s in result.spectra)
+        spectrum = _words(
+            "Left: singular values relative to the largest, logarithmic; dotted: where they would end if the same "
+            "energy were noise (Marchenko-Pastur), so what lies above is structure. Right: share of ‖τ‖² in the "
+            f"first k directions; the marks are at 90 %.{tail}",
+            _basis(result, "spectra"),
+        )
+    histogram = _words(
         "How the changes of single weights are distributed; all experts share one range. The scale is logarithmic: a "
-        "bell looks like a parabola, and tails that stay up are single weights that moved far, which trimming keeps.",
-        basis,
+        "bell looks like a parabola, and tails that stay up are single weights that moved far, which trimming keeps."
     )
+    if len(result.names) < 2:
+        signs = _words("With a single expert there are no signs to compare.")
+    elif result.trimmed is None:
+        signs = _words("The signs of the largest changes are not compared yet.")
+    else:
+        signs = _words(
+            f"Each expert keeps its largest {result.trimmed.density:.0%} of the tensor. Of what at least one of a pair "
+            "keeps, by size: kept by both with the same sign, with opposite signs (they cancel in a sum), or by one "
+            f"alone. Of many pairs the {MOST_LINES} with most conflict are drawn.",
+            _basis(result, "trimmed"),
+        )
+    return Words(spectrum, histogram, signs)
 
 
-def histogram_figure(histogram: Histogram) -> go.Figure:
-    return plots_tensor.histogram(histogram.names, histogram.centres, histogram.counts)
+def _words(reading: str, basis: str = "") -> str:
+    more = f'<p class="basis">{text(basis)}</p>' if basis else ""
+    return f'<p class="reading">{text(reading)}</p>{more}'
+
+
+def _basis(result: Inspection, part: str) -> str:
+    return f"{result.parts[part].basis}: {result.parts[part].how}"
 
 
 def place_words(result: Inspection, tensor: str) -> str:
@@ -69,22 +104,17 @@ def place_words(result: Inspection, tensor: str) -> str:
     return f"{module}, outside of layers" if block is None else f"layer {block}, {module}"
 
 
-def _head(result: Inspection, tensor: str) -> str:
+def _head(result: Inspection, tensor: str, notes: list[str]) -> str:
     change = next((t for t in result.changes.tensors if t.name == tensor), None) if result.changes else None
-    shape = " × ".join(map(str, change.shape)) if change else ""
-    size = f" · {change.numel:,} weights" if change else ""
+    facts = f" {' × '.join(map(str, change.shape))} · {change.numel:,} weights" if change else ""
+    more = f'<p class="basis">{text(" ".join(notes))}</p>' if notes else ""
     return (
-        f'<h3>{text(place_words(result, tensor))}</h3><p class="quiet"><code>{text(tensor)}</code> '
-        f"{text(shape)}{text(size)}</p>"
+        f'<h3>{text(place_words(result, tensor))}</h3><p class="quiet"><code>{text(tensor)}</code>{text(facts)}</p>'
+        f"{more}"
     )
 
 
-def _words(reading: str, basis: str = "") -> str:
-    more = f'<p class="basis">{text(basis)}</p>' if basis else ""
-    return f'<p class="reading">{text(reading)}</p>{more}'
-
-
-# -- spectra --------------------------------------------------------------------------------------------------------
+# -- figures --------------------------------------------------------------------------------------------------------
 
 
 def _drawn(result: Inspection) -> list[str]:
@@ -97,44 +127,17 @@ def _curve(one: Spectrum) -> plots.Curve:
     return plots.Curve(one.of, one.values, one.frobenius, float(measures.k90), measures.marchenko_pastur_edge)
 
 
-def _spectrum_words(result: Inspection, own: list[Spectrum]) -> str:
-    if own:
-        estimated = " Everything behind the first values is estimated." if any(s.estimated_tail for s in own) else ""
-        facts = result.parts["spectra"]
-        return _words(
-            "Left: singular values relative to the largest, logarithmic; dotted: where they would end if the "
-            "same energy were noise (Marchenko-Pastur), so what lies above is structure. Right: share of ‖τ‖² in the "
-            f"first k directions; the marks are at 90 %.{estimated}",
-            f"{facts.basis}: {facts.how}",
-        )
-    if result.spectra is None:
-        return _words("Singular values are not computed yet, or were not asked for.")
-    return _words("This tensor is no single matrix, so it has no spectrum.")
+def _histogram(histogram: Histogram) -> go.Figure:
+    return plots_tensor.histogram(histogram.names, histogram.centres, histogram.counts)
 
 
-# -- signs ----------------------------------------------------------------------------------------------------------
-
-
-def _signs(result: Inspection, tensor: str) -> tuple[go.Figure | None, str]:
-    titles = pairs_of(result.names)
-    if not titles:
-        return None, _words("With a single expert there are no signs to compare.")
-    trimmed = result.trimmed
-    own = [t for t in trimmed.tensors if t.name == tensor] if trimmed else []
-    if trimmed is None or not own:
-        return None, _words("The largest changes are not compared yet.")
-    shares = trimmed.shares(own)
-    worst = sorted(range(len(shares)), key=lambda i: -shares[i].conflict_weight)[:MOST_LINES]
-    chosen = sorted(worst)
-    figure = plots_tensor.pair_signs(
-        [titles[i] for i in chosen],
-        *([getattr(shares[i], f) for i in chosen] for f in ("agree_weight", "conflict_weight", "alone_weight")),
-    )
-    some = f" The {len(chosen)} pairs with most conflict are drawn." if len(chosen) < len(titles) else ""
-    return figure, _words(
-        f"Each expert keeps its largest {trimmed.density:.0%} of this tensor. Of what at least one of a pair keeps, by "
-        f"size: kept by both with the same sign, with opposite signs (they cancel in a sum), or by one alone.{some}",
-        f"{result.parts['trimmed'].basis}: {result.parts['trimmed'].how}",
+def _signs(result: Inspection, own: list[TrimmedTensor]) -> go.Figure:
+    assert result.trimmed is not None
+    titles, shares = pairs_of(result.names), result.trimmed.shares(own)
+    chosen = sorted(sorted(range(len(shares)), key=lambda i: -shares[i].conflict_weight)[:MOST_LINES])
+    fields = ("agree_weight", "conflict_weight", "alone_weight")
+    return plots_tensor.pair_signs(
+        [titles[i] for i in chosen], *([getattr(shares[i], field) for i in chosen] for field in fields)
     )
 
 

@@ -14,7 +14,7 @@ from merging.errors import AmalgamError
 from .. import plots_tensor
 from ..components import cards
 from .analyse_cells import cell_of, extreme, map_table, metrics_of, tensors_at
-from .analyse_detail import detail_of, histogram_figure, histogram_words
+from .analyse_detail import detail_of
 from .analyse_state import Answers, filters_for, matches
 
 MOST_TENSORS = 2000
@@ -83,20 +83,18 @@ def map_parts(answers: Answers, token: str, asked: str, key: str, whose: str, te
     return words, figure, gr.update(value=map_table(drawn), name=one.title)
 
 
-def detail_parts(found: Inspection, asked: str, tensor: str) -> tuple[Any, ...]:
-    """Head, spectrum, its words, histogram, its words, signs, their words, two tables, and the choices of a filter."""
-    one = detail_of(found, tensor)
-    filters = [(f"{words} ({matches(found, value)} tensors)", value) for words, value in filters_for(found, tensor)]
-    experts = [("all experts", ""), *((name, name) for name in json.loads(asked)["labels"])]
-    return (
-        one.head, one.spectrum, one.spectrum_words, *_histogram(found, tensor), one.signs, one.signs_words, one.numbers,
-        one.pairs, gr.Dropdown(choices=filters, value=tensor), gr.Dropdown(choices=experts, value=""),
-    )  # fmt: skip
-
-
-def _histogram(found: Inspection, tensor: str) -> tuple[Any, str]:
+def detail_parts(found: Inspection, tensor: str) -> tuple[Any, ...]:
+    """Head, spectrum, histogram, signs, numbers of experts, numbers of pairs."""
     try:
-        histogram = histogram_of(found, tensor)
+        histogram: Any = histogram_of(found, tensor)
     except AmalgamError as error:
-        return None, cards.error_message(error)
-    return histogram_figure(histogram), histogram_words(histogram)
+        histogram = f"There is no histogram: {error.what} {error.fix}"
+    one = detail_of(found, tensor, histogram)
+    return one.head, one.spectrum, one.histogram, one.signs, one.numbers, one.pairs
+
+
+def filter_choices(found: Inspection, asked: str, tensor: str) -> tuple[Any, Any]:
+    """Where a condition may hold, and for whom."""
+    places = [(f"{words} ({matches(found, value)} tensors)", value) for words, value in filters_for(found, tensor)]
+    experts = [("all experts", ""), *((name, name) for name in json.loads(asked)["labels"])]
+    return gr.Dropdown(choices=places, value=tensor), gr.Dropdown(choices=experts)

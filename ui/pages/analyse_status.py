@@ -46,7 +46,7 @@ def _chip(part: str, known: bool, doing: bool) -> str:
 def merged_models(app: App) -> list[tuple[str, str]]:
     """Merges that were made here, newest first: (title, folder)."""
     found: list[tuple[str, str]] = [("none", "")]
-    for state in states_of(app):
+    for state in states_of(app, []):
         model = (state.result or {}).get("model") if state.kind == "merge" and state.status == "finished" else None
         if model and len(found) <= MOST_MERGES:
             found.append((f"{state.title or state.id} ({state.id})", str(model)))
