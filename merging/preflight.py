@@ -14,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from .alike import PIECES, alike
 from .analysis.doctor_files import examine_files
 from .analysis.finding import SEVERITIES, Finding, some
 from .analysis.models import BASE, MERGED, Models, compare
@@ -33,7 +34,6 @@ from .recipe_parts import Expert
 
 STRUCTURE = {"E_SHAPE", "E_MISSING_TENSOR", "E_EXTRA_TENSOR"}
 """Blockers that say more clearly what the doctor's finding about tensors says."""
-PIECES, PIECE = 32, 4096
 Find = Callable[[str], Resolved]
 
 
@@ -258,7 +258,7 @@ def _same_files(opened: Mapping[str, Checkpoint], done: Preflight) -> None:
         if second in told or opened[first].kind == "adapter" or opened[second].kind == "adapter":
             continue
         readable = not {done.reference[first], done.reference[second]} & {*done.headers_only}
-        same = opened[first] is opened[second] or (readable and _alike(opened[first], opened[second]))
+        same = opened[first] is opened[second] or (readable and alike(opened[first], opened[second]))
         if same:
             told.add(second)
             evidence = "They are the same files." if opened[first] is opened[second] else (
@@ -268,20 +268,6 @@ def _same_files(opened: Mapping[str, Checkpoint], done: Preflight) -> None:
             what = f"{second} equals {_called(first)}."
             finding = Finding("same", "warning", what, evidence, None, remedy, "sampled")
             done.add(Check(finding, second, take_out(second)))
-
-
-def _alike(one: Checkpoint, other: Checkpoint) -> bool:
-    if not one.files or [f.header.digest for f in one.files] != [f.header.digest for f in other.files]:
-        return False
-    for mine, theirs in zip(one.files, other.files, strict=True):
-        size = min(mine.identity()["size"], theirs.identity()["size"])
-        for at in range(0, size, max(1, size // PIECES)):
-            pieces = [memoryview(bytearray(min(PIECE, size - at))) for _ in range(2)]
-            mine.read(at, pieces[0])
-            theirs.read(at, pieces[1])
-            if pieces[0] != pieces[1]:
-                return False
-    return True
 
 
 # -- the doctor, and the plan -------------------------------------------------------------------------------------
@@ -323,6 +309,8 @@ def _plan(data: Mapping[str, Any], fitting: list[str], find: Find, out: Path | N
     known = {check.finding.code for check in done.checks}
     if {b.code for b in blockers} & STRUCTURE:
         done.checks = [check for check in done.checks if check.finding.code != "tensors"]
+    elif facts:
+        done.checks = [_settled_by_policy(check) for check in done.checks]
     for blocker in blockers:
         if not ("same" in known and blocker.code == "E_RECIPE_INPUTS"):
             done.add(with_fixes(_from_error(blocker), data, (), ()))
@@ -337,6 +325,13 @@ def _plan(data: Mapping[str, Any], fitting: list[str], find: Find, out: Path | N
     room = free_bytes(out) if out is not None else None
     if out is not None and room is not None and room < facts["bytes_written"]:
         done.add(Check(_from_error(no_space(out, facts["bytes_written"]))))
+
+
+def _settled_by_policy(check: Check) -> Check:
+    """Tensors that are not in all models, where the plan knows what to do with them."""
+    if check.finding.code != "tensors" or check.finding.severity != "warning":
+        return check
+    return Check(check.finding, check.who, (), "The recipe says what happens to them")
 
 
 def _last(reference: str) -> str:

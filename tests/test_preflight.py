@@ -105,6 +105,7 @@ def test_a_remedy_that_the_recipe_has_settles_its_finding(tmp_path: Path) -> Non
     (((first, second), value),) = drop.changes
     again = look(base, expert, **{str(first): {str(second): value}})
     assert "E_EXTRA_TENSOR" not in codes(again, "problem") and again.cost is not None
+    assert find(again, "tensors").settled and again.worst in ("ok", "note")
 
 
 def test_different_number_types_can_be_settled_with_float32(tmp_path: Path) -> None:
