@@ -8,6 +8,7 @@ USER user
 WORKDIR /home/user/app
 ENV PATH=/home/user/.local/bin:$PATH \
     HF_HOME=/home/user/.cache/huggingface \
+    AMALGAM_DATA=/home/user/data \
     GRADIO_SERVER_NAME=0.0.0.0 \
     PYTHONUNBUFFERED=1
 
@@ -17,4 +18,4 @@ RUN pip install --no-cache-dir --user --requirement requirements.txt
 
 COPY --chown=user . .
 EXPOSE 7860
-CMD ["python", "app.py", "demo"]
+CMD ["python", "app.py", "--port", "7860", "--no-browser"]

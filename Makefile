@@ -13,16 +13,21 @@ PIP       := $(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS)
 # The kernels bring their own threads; OpenMP's would fight them (and each other, with two test workers).
 TEST_ENV  := env -u HF_HUB_OFFLINE OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: run test
+.PHONY: run test test-browser
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.ready-to-run
-	@$(PY) app.py demo
+	@$(PY) app.py --demo
 
 test: $(VENV)/.ready-to-test
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(TEST_ENV) $(PY) -m pytest -n 2 --dist worksteal
+	$(TEST_ENV) $(PY) -m pytest -n 2 --dist worksteal --ignore tests/browser
+	@echo "Not run: the tests in a real browser (make test-browser; needs Chromium)."
+
+# The workbench in a real Chromium: apt-get install chromium, or CHROMIUM=/path/to/it.
+test-browser: $(VENV)/.ready-to-test
+	$(TEST_ENV) $(PY) -m pytest tests/browser
 
 # One pip command for all: asked for alone, some packages would pull a torch outside of our range.
 $(VENV)/.ready-to-run: requirements.txt $(PY)

@@ -15,8 +15,8 @@ Change = tuple[tuple[str | int, ...], Any]
 @dataclass(frozen=True, slots=True)
 class Fix:
     """``action``: "set" (with ``changes``), or "base" (take ``model`` as the base), "remove" or "rest" (the expert
-    ``model`` sits out), "adapter" (its model is an adapter of the base), "download" or "headers" (``model``: references to the Hub, one a line, to
-    bring or to look at)."""
+    ``model`` sits out), "adapter" (its model is an adapter of the base), "download" or "headers" (``model``: references
+    to the Hub, one a line, to bring or to look at)."""
 
     label: str
     action: str

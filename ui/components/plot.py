@@ -83,7 +83,7 @@ def figure_json(figure: go.Figure) -> str:
 
 @lru_cache(maxsize=1)
 def _script() -> str:
-    """With the templates in it: properties of our own do not reach a component that is shown later than it is updated."""
+    """With the templates in it: properties of our own do not reach a component that is shown after it is updated."""
     looks = {"light": LIGHT.to_plotly_json(), "dark": DARK.to_plotly_json()}
     texts = json.dumps(looks, default=lambda part: part.to_plotly_json())
     return f"const TEMPLATES = {texts};\n" + (ROOT / "assets" / "plot.js").read_text("utf-8")
