@@ -37,7 +37,8 @@ def take(out: Path, page_name: str, dark: bool, width: int, height: int) -> None
             page.get_by_role("tab", name=page_name, exact=True).click()
             if page_name == "Merge":
                 page.locator("#preview").click(timeout=60_000)
-                page.locator("#preview-answers td, #preview-answers dd, #preview-answers li").first.wait_for(timeout=120_000)
+                answers = "#preview-answers td, #preview-answers dd, #preview-answers li"
+                page.locator(answers).first.wait_for(timeout=120_000)
             page.wait_for_timeout(3000)  # charts are drawn after their page is shown
             page.screenshot(path=out)
             browser.close()
