@@ -96,15 +96,15 @@ class Page:
             self.whose = gr.Dropdown([], label="Whose", interactive=True, elem_id="analyse-whose", min_width=160)
             self.tensor = gr.Dropdown([], label="Tensor", interactive=True, elem_id="analyse-tensor", min_width=260)
         with gr.Row():
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=5, min_width=380):
                 self.map_words = gr.HTML(padding=False)
                 self.map = Plot(label="Map of layers and modules", elem_id="analyse-map")
                 self.map_table = DataTable(elem_id="analyse-map-table")
-                self.head = gr.HTML(padding=False, elem_id="analyse-tensor-head")
                 self.numbers = DataTable(label="Numbers of each expert", elem_id="analyse-numbers", open=True)
                 self.pairs = DataTable(label="Numbers of each pair", elem_id="analyse-pairs")
                 self._filter()
-            with gr.Column(scale=6, min_width=380, elem_id="analyse-detail"):
+            with gr.Column(scale=6, min_width=420, elem_id="analyse-detail"):
+                self.head = gr.HTML(padding=False, elem_id="analyse-tensor-head")
                 self.spectrum = Plot(label="Spectrum of the change", elem_id="analyse-spectrum")
                 self.spectrum_words = gr.HTML(padding=False)
                 self.histogram = Plot(label="Changes of single weights", elem_id="analyse-histogram")
