@@ -34,14 +34,14 @@ def build(app: App, shell: Shell) -> None:
             "Use the suggested settings", size="sm", visible=False, elem_id="suggest", min_width=200, scale=0
         )
     with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=400):
             form = MethodForm(elem_id="method-form")
             editor = Editor(app)
             with gr.Accordion("Advanced: which tensors, number type, vocabulary, misfits, seed", open=False):
                 merge_options.build(shell)
             formula = _Formula(app)
             estimate = plain(elem_id="plan")
-        with gr.Column(scale=5, min_width=320):  # beside the sliders, so that one sees what they do
+        with gr.Column(scale=5, min_width=400):  # beside the sliders, so that one sees what they do
             sections = [merge_preview.build(app, shell), merge_save.build(app, shell)]
 
     shell.edit(cards.choose, _choose, [])
@@ -126,7 +126,13 @@ class _Formula:
 
     def connect(self, shell: Shell) -> None:
         for choice in (self.layer, self.tensor):
-            shell.act(choice.input, self._again, [shell.draft, self.layer, self.tensor], self.parts)
+            shell.act(
+                choice.input,
+                self._again,
+                [shell.draft, self.layer, self.tensor],
+                self.parts,
+                trigger_mode="always_last",
+            )
 
     def _again(self, draft: Draft, layer: Any, tensor: Any) -> Any:
         return tuple(self.shown(look(self.app, draft), layer, tensor))

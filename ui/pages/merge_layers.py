@@ -58,7 +58,8 @@ class Editor:
         shell.edit(self.curves.commit, partial(_moved, self.app), self.name)
         inputs = [self.name, self.who, self.first, self.last, self.value]
         shell.edit(self.apply.click, partial(_applied, self.app), inputs)
-        shell.act(self.name.input, self._again, [shell.draft, self.name, self.last], self.parts)
+        again = [shell.draft, self.name, self.last]
+        shell.act(self.name.input, self._again, again, self.parts, trigger_mode="always_last")
         shell.act(form.by_layer, self._opened, [shell.draft, self.last], [self.box, *self.parts])
         shell.act(self.heat.plot_click, self._picked, [shell.draft], [self.who, self.first, self.last, self.value])
 

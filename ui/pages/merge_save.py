@@ -47,7 +47,7 @@ def build(app: App, shell: Shell) -> dict[str, Any]:
     result = plain(EMPTY, elem_id="merge-result")
     show = gr.Button("Show on the Evaluate page", visible=False, elem_id="merge-evaluate")
     shell.start_on(save.click, partial(job_of, app), [name, score, limit])
-    shell.act(name.input, partial(place_words, app), name, where)
+    shell.act(name.input, partial(place_words, app), name, where, trigger_mode="always_last")
     shell.on_draft(tasks_words, tasks)
     shell.on_job(partial(_result, app), [result, show])
     shell.act(show.click, partial(shell.goto, "evaluate"), [], shell.tabs)
