@@ -8,3 +8,5 @@ element.addEventListener('click', event => {
   boxes().forEach(box => { box.checked = box === own; });
   tell();
 });
+// A new list may be drawn into the old boxes, which would stay ticked.
+watch('value', () => boxes().forEach(box => { box.checked = box.hasAttribute('checked'); }));

@@ -106,8 +106,9 @@ class Setup:
         shell.on_draft(self._shown, outputs, [self.wishes, self.fair, mine])
         ready = [self.start, self.why]
         chosen = [shell.draft, self.models, self.fair, mine]
-        shell.act(self.models.input, self._wish, [*chosen, self.wishes], [self.wishes, *ready])
-        shell.act(self.fair.input, self._toggle, chosen, [self.budget, *ready])
+        last = {"trigger_mode": "always_last"}  # of quick clicks none may be lost
+        shell.act(self.models.input, self._wish, [*chosen, self.wishes], [self.wishes, *ready], **last)
+        shell.act(self.fair.input, self._toggle, chosen, [self.budget, *ready], **last)
         shell.on_job(self._after_job, [self.models, self.models_info], [shell.draft, self.wishes, mine])
         shell.start_on(self.start.click, self._job, [self.models, self.limit, self.fair, self.budget, mine])
         shell.start_on(self.ask.click, self._asking, [self.models, self.prompts, self.length, mine])

@@ -176,9 +176,12 @@ def differences_chart(tests: Sequence[PairedTest], binary: set[str]) -> Chart:
         "Exact McNemar test where answers are right or wrong, paired bootstrap otherwise.",
         Table(columns, rows),
     )
-    if tests and (percent or len(tasks) == 1):
-        drawn = [plots.Score(t.candidate, t.task or ALL_TASKS, t.advantage, *_bounded(t), t.items) for t in tests]
-        chart.variants.append(("", plots.scores(drawn, "difference", percent=percent, zero=True)))
+    for baseline in dict.fromkeys(test.baseline for test in tests):
+        own = [test for test in tests if test.baseline == baseline]
+        drawn = [plots.Score(t.candidate, t.task or ALL_TASKS, t.advantage, *_bounded(t), t.items) for t in own]
+        if percent or len(tasks) == 1:
+            figure = plots.scores(drawn, f"difference from {baseline[:40]}", percent=percent, zero=True)
+            chart.variants.append((f"against {baseline}", figure))
     return chart
 
 

@@ -50,7 +50,7 @@ class ResultsPart:
                     [], label="Against", interactive=True, elem_id="against", filterable=False,
                     info="The other model of each pair",
                 )  # fmt: skip
-                self.differences = ChartView("differences")
+                self.differences = ChartView("differences", self._differences, [self.run, self.split, self.against])
             with gr.Tab("Radar", id="radar"):
                 self.radar_note = gr.HTML(padding=False)
                 self.radar = ChartView("radar")
@@ -95,8 +95,8 @@ class ResultsPart:
                   self.differences.outputs)  # fmt: skip
         shell.act(self.keep.click, self._keep_who, [self.run, self.split, self.against, self.base, self.owners], drawn)
         filters = [self.run, self.split, self.task, self.show, self.model, self.words, self.page]
-        for control in (self.task, self.show, self.model, self.words):
-            shell.act(control.input, self._filter, filters, [self.items, self.page], trigger_mode="always_last")
+        for change in (self.task.input, self.show.input, self.model.input, self.words.change):
+            shell.act(change, self._filter, filters, [self.items, self.page], trigger_mode="always_last")
         shell.act(self.page.input, self._turn, filters, self.items, trigger_mode="always_last")
         for start in (event.then, self.split.input):
             shell.act(start, self._first_items, [self.run, self.split], [self.task, self.model, self.items])
@@ -205,17 +205,18 @@ class ResultsPart:
         return "", results.retention_chart(found), results.comparison_notes(found)
 
     def _draw_differences(self, run: str | None, split: str | None, against: str | None) -> Any:
+        return self.differences.show(self._differences(run, split, against))
+
+    def _differences(self, run: str | None, split: str | None, against: str | None) -> Chart | None:
         scored = self.scored(run)
         if scored is None or not against:
-            return self.differences.show(None)
+            return None
         split = split if split in scored.splits else scored.splits[0]
         if against == FAIR and scored.run is not None and split == "":
             tests = comparison(scored, split).tests
         else:
             tests = overview(scored, split).differences(against)
-        if not tests:
-            return self.differences.show(None)
-        return self.differences.show(results.differences_chart(tests, results.binary_tasks(scored, split)))
+        return results.differences_chart(tests, results.binary_tasks(scored, split)) if tests else None
 
     def _scores(self, run: str | None, split: str) -> Chart | None:
         scored = self.scored(run)

@@ -28,6 +28,8 @@ HINT = (
     "Choose one run to see what it did, or two to four to compare them. Runs that failed or were stopped stay here "
     "too, with the reason."
 )
+IN_ORDER: dict[str, Any] = {"concurrency_id": "runs", "concurrency_limit": 1}
+"""For events that draw the list: an older one must not end after a newer one."""
 log = logging.getLogger("amalgam.ui")
 
 
@@ -41,6 +43,8 @@ class Runs:
         gr.Markdown(f"## Runs\n{HINT}")
         self.chosen = gr.State([])
         self.last_removed = gr.State([])
+        self.moved = gr.State("")
+        """Changes when a job does."""
         with gr.Row(elem_classes="tight"):
             self.words = gr.Textbox(
                 label="Search", placeholder="name, method, expert, tag, status …", elem_id="run-words", scale=3
@@ -117,19 +121,20 @@ class Runs:
         shell, mine = self.shell, self.shell.my_runs
         controls = [self.words, self.kind, self.order, self.removed, self.chosen, mine]
         listed = [self.list, self.kind, self.chosen, self.purge_row, self.sure_row, self.later]
-        shell.on_job(self._after_job, listed, controls)
-        for event in (shell.page("runs").select, self.later.tick):
-            shell.act(event, self._listed, controls, listed)
-        for control in (self.words, self.kind, self.order, self.removed):
-            shell.act(control.input, self._listed, controls, listed, trigger_mode="always_last")
+        shell.on_job(lambda state: f"{state.id} {state.status}" if state else "", self.moved)
+        for event in (shell.page("runs").select, self.later.tick, self.moved.change):
+            shell.act(event, self._listed, controls, listed, **IN_ORDER)
+        # Nobody but the user writes the words; the others are drawn anew with the list.
+        for event in (self.words.change, self.kind.input, self.order.input, self.removed.input):
+            shell.act(event, self._listed, controls, listed, trigger_mode="always_last", **IN_ORDER)
         shell.act(self.list.choose, self._choose, mine, self.chosen, trigger_mode="always_last")
         looked = [self.list, *self._parts()]
-        shell.act(self.chosen.change, self._look, controls, looked, trigger_mode="always_last")
+        shell.act(self.chosen.change, self._look, controls, looked, trigger_mode="always_last", **IN_ORDER)
 
         def after(event: Any, fn: Any, inputs: Any, outputs: Any) -> None:
             done = shell.act(event, fn, inputs, outputs)
-            done = shell.act(done.then, self._listed, controls, listed)
-            shell.act(done.then, self._look, controls, looked)
+            done = shell.act(done.then, self._listed, controls, listed, **IN_ORDER)
+            shell.act(done.then, self._look, controls, looked, **IN_ORDER)
 
         mine_and_chosen = [self.chosen, mine]
         after(self.rename.click, self._rename, [*mine_and_chosen, self.name, self.tags, self.note], [])
@@ -160,9 +165,6 @@ class Runs:
 
     def _lines(self, mine: Any, removed: bool = False) -> list[view.Line]:
         return view.lines_of(self.app.jobs, states_of(self.app, mine, removed))
-
-    def _after_job(self, state: Any, *controls: Any) -> Any:
-        return self._listed(*controls)
 
     def _listed(self, words: str, kind: str, order: str, removed: bool, chosen: list[str], mine: Any) -> Any:
         lines = self._lines(mine, removed)

@@ -245,7 +245,7 @@ def test_differences_say_what_is_proven(tmp_path: Path) -> None:
     chart = results.differences_chart(tests, results.binary_tasks(scored, ""))
     verdicts = {(row[0], row[2]): row[3] for row in chart.table.rows}
     assert verdicts["sorter", "sort"] == "▲ better" and verdicts["coder", "sort"] == "= not told apart"
-    assert chart.variants and "base" in chart.title
+    assert [name for name, _ in chart.variants] == ["against base"] and "base" in chart.title
 
 
 def test_a_radar_needs_three_tasks(tmp_path: Path) -> None:
