@@ -379,3 +379,14 @@ def test_results_with_texts_are_kept_until_something_changes(tmp_path: Path) -> 
     (sort / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}), "utf-8")
     fourth = again()
     assert not fourth.parts["texts"].cached and fourth.texts != third.texts
+
+
+def test_looking_computes_nothing(tmp_path: Path) -> None:
+    base, *experts = map(str, family(tmp_path, llama_like(2, 16), 2, config={"model_type": "llama"}))
+    cache = Cache(tmp_path / "cache")
+    assert inspect(base, experts, cache=cache, compute=False).parts == {}
+    inspect(base, experts, cache=cache, parts=["doctor", "changes", "spectra"], threads=1)
+    told: list[str] = []
+    found = inspect(base, experts, cache=cache, compute=False, finished=lambda part, _: told.append(part))
+    assert told == list(found.parts) == ["doctor", "changes", "spectra"]
+    assert all(facts.cached for facts in found.parts.values()) and found.trimmed is None and found.findings
