@@ -388,7 +388,7 @@ def _warnings(plan: Plan) -> list[str]:
         found.append(f"The inputs have different data types ({', '.join(sorted(types))}); arithmetic is in {exact}.")
     digests: dict[str, str] = {}
     for key, model in plan.models.items():
-        same = json.dumps(model.identity(), sort_keys=True)
+        same = json.dumps(model.instance(), sort_keys=True)
         if same in digests:
             found.append(f"{key} and {digests[same]} are the same files.")
         digests.setdefault(same, key)

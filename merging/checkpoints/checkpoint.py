@@ -175,6 +175,15 @@ class Checkpoint:
             result |= {"base": self.base.identity(), "settings": self.settings}
         return result
 
+    def instance(self) -> list[Any]:
+        """Which very files were opened, as JSON values: equal only for the same files on this machine, unchanged since.
+        (``identity`` stays equal for copies, and is so too for files of one size that were written in one tick.)"""
+        found: list[Any] = [self.kind]
+        for file in self.files:
+            path = os.path.realpath(file.path)
+            found.append([path, *file.stamp, os.stat(path).st_ctime_ns])
+        return [*found, self.base.instance(), self.settings] if self.base is not None else found
+
     def check_unchanged(self) -> None:
         """InputError E_INPUT_CHANGED if a weight file was modified, replaced or removed since opening."""
         for file in self.files:

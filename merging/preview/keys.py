@@ -28,7 +28,7 @@ class Keys:
         self._own: dict[int, tuple] = {}  # an opened model's tensors
         facts = []
         for key, model in plan.models.items():
-            identity = json.dumps(model.identity(), sort_keys=True)
+            identity = json.dumps(model.instance(), sort_keys=True)
             facts.append((key, identity))
             digest = hashlib.sha256(identity.encode()).hexdigest()
             for name, source in model.tensors.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -327,6 +328,8 @@ def test_an_adapter_as_an_expert(tmp_path: Path) -> None:
 def test_stacked_layers_and_heads_of_tied_models(tmp_path: Path) -> None:
     tied = save(tmp_path / "tied", llama_like(3, 16, head=False, seed=1))
     paths = [save(tmp_path / str(k), llama_like(3, 16, seed=k)) for k in (2, 3)]
+    for path in (tied, *paths):  # as files from an archive: of one size and one time, and yet not the same
+        os.utime(path / "model.safetensors", (1_600_000_000, 1_600_000_000))
     both_strengths({"base": str(paths[0]), "experts": [str(tied), str(paths[1])], "method": "ties"}, tmp_path)
     slices = [{"sources": [{"model": str(paths[1]), "layers": [0, 2]}, {"model": str(tied), "layers": [1, 3]}]},
               {"sources": [{"model": str(paths[1]), "layers": [0, 2]}, {"model": str(tied), "layers": [0, 2]}]}]  # fmt: skip
